@@ -1,14 +1,17 @@
-//! Resets in place: counted in memory, and recorded at most once a second.
+//! Resets in place: counted in memory, and recorded at most once a second, or once a minute where
+//! they do not end.
 //!
 //! ```text
 //!   reset ──► counted ──┬─ more than the policy allows ──► the run ends
 //!                       ├─ none on record this second ───► on record at once
-//!                       └─ otherwise ────────────────────► on record 1 s after the last record
+//!                       ├─ fewer than 100 in a row ──────► on record 1 s after the last record
+//!                       └─ otherwise ────────────────────► on record when a minute has passed
 //! ```
 //!
 //! A guest decides how often it resets itself, which can be hundreds of times a second. Each record
 //! is an event that is kept for days, in a log that all VMs share, so the guest must not decide the
-//! number of records.
+//! number of records. The guest of an imported VM may reset itself for ever, because this program
+//! must not end a VM of another program, so the records are rationed and not the resets.
 
 use std::time::Duration;
 
@@ -25,6 +28,10 @@ use super::journal::{ChangeReason, RecordUpdate};
 
 /// The least time between two records of resets.
 const RECORD_INTERVAL: Duration = Duration::from_secs(1);
+/// The number of records in a row that are one [`RECORD_INTERVAL`] apart.
+const RECORDS_IN_A_ROW: u32 = 100;
+/// The time after which one more such record is free.
+const RECORD_REFILL_INTERVAL: Duration = Duration::from_secs(60);
 /// The number of restarts without a quiet minute that no VM of a client may exceed, whatever its
 /// policy allows.
 const MAX_RESTARTS: u32 = 1000;
@@ -39,13 +46,30 @@ pub(super) struct ResetCounter {
     restarts: u32,
     /// The instant of the last record.
     recorded: Option<Instant>,
+    /// The instant at which all records in a row are free again.
+    refilled: Option<Instant>,
 }
 
 impl ResetCounter {
     /// Returns the instant at which the unrecorded resets are to be recorded.
     pub(super) fn due(&self) -> Option<Instant> {
-        let begin = self.recorded.map(|recorded| recorded + RECORD_INTERVAL);
-        (self.unrecorded > 0).then(|| begin.unwrap_or_else(Instant::now))
+        if self.unrecorded == 0 {
+            return None;
+        }
+        let (Some(recorded), Some(refilled)) = (self.recorded, self.refilled) else {
+            return Some(Instant::now());
+        };
+        let next = recorded + RECORD_INTERVAL;
+        let free = refilled.checked_sub(RECORD_REFILL_INTERVAL * (RECORDS_IN_A_ROW - 1));
+        Some(free.map_or(next, |free| free.max(next)))
+    }
+
+    /// Notes that the resets are on record.
+    fn record(&mut self) {
+        let now = Instant::now();
+        self.unrecorded = 0;
+        self.recorded = Some(now);
+        self.refilled = Some(self.refilled.map_or(now, |full| full.max(now)) + RECORD_REFILL_INTERVAL);
     }
 }
 
@@ -94,12 +118,12 @@ impl Actor {
     pub(super) async fn record_resets(&mut self) {
         let Some(live) = self.hold.live_mut() else { return };
         let (times, restarts) = (live.resets.unrecorded, live.resets.restarts);
-        live.resets = ResetCounter { unrecorded: 0, restarts, recorded: Some(Instant::now()) };
         let message = match times {
             0 => return,
             1 => "the guest reset itself and runs again".to_owned(),
             times => format!("the guest reset itself {times} times and runs again"),
         };
+        live.resets.record();
         let state = vmm_core::state::observe(self.record.state, Observation::ResetInPlace);
         let mut status = self.status(Phase::at_rest(state)).because(Reason::GuestReset, message);
         status.restarts = restarts;
