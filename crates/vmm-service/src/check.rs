@@ -13,7 +13,7 @@ mod disk;
 mod permits;
 
 use std::path::Path;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_core::backend::{Capabilities, KernelFormat};
@@ -29,7 +29,7 @@ use permits::{FileCheck, FileCheckPermits, PermitLimits};
 
 /// The time that a look may take.
 pub(crate) const FILE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
-/// The permits of looks for one purpose. The runtime has some 500 threads in all.
+/// The permits of a service's looks for one purpose. The runtime has some 500 threads in all.
 const PERMITS: PermitLimits =
     PermitLimits { quick: 32, slow: 160, slow_of_a_mount: 16, after: Duration::from_millis(250) };
 
@@ -42,19 +42,42 @@ pub(crate) enum FileCheckPurpose {
     Boot,
 }
 
-impl FileCheckPurpose {
-    /// Returns the permits for looks of this purpose. Each purpose has its own, so that hanging
-    /// calls of CreateVm and ValidateVm keep no VM from starting.
-    fn permits(self) -> &'static Arc<FileCheckPermits> {
-        fn permits() -> Arc<FileCheckPermits> {
-            Arc::new(FileCheckPermits::new(PERMITS, |path| Mounts::read().served_by(path)))
+/// The looks at files of one service. Each purpose has its own permits, so that hanging calls of
+/// CreateVm and ValidateVm keep no VM from starting.
+pub(crate) struct FileChecks {
+    create: Arc<FileCheckPermits>,
+    boot: Arc<FileCheckPermits>,
+}
+
+impl Default for FileChecks {
+    fn default() -> Self {
+        let permits = || Arc::new(FileCheckPermits::new(PERMITS, |path| Mounts::read().served_by(path)));
+        Self { create: permits(), boot: permits() }
+    }
+}
+
+impl FileChecks {
+    /// Returns the permits for looks of `purpose`.
+    fn permits(&self, purpose: FileCheckPurpose) -> &Arc<FileCheckPermits> {
+        match purpose {
+            FileCheckPurpose::Create => &self.create,
+            FileCheckPurpose::Boot => &self.boot,
         }
-        static CREATE: LazyLock<Arc<FileCheckPermits>> = LazyLock::new(permits);
-        static BOOT: LazyLock<Arc<FileCheckPermits>> = LazyLock::new(permits);
-        match self {
-            Self::Create => &CREATE,
-            Self::Boot => &BOOT,
-        }
+    }
+
+    /// Looks at every file of `files`, and returns within [`FILE_CHECK_TIMEOUT`].
+    ///
+    /// # Errors
+    ///
+    /// Returns [`FilesTimedOut`] if the files do not answer in time.
+    pub(crate) fn check(
+        &self,
+        files: NamedFiles,
+        terms: FileCheckTerms,
+    ) -> impl Future<Output = Result<FileFindings, FilesTimedOut>> + use<> {
+        let permits = Arc::clone(self.permits(terms.purpose));
+        let looking = move |file_check: &FileCheck| check_files_blocking(file_check, &files, terms);
+        async move { permits.run_within(FILE_CHECK_TIMEOUT, looking).await }
     }
 }
 
@@ -157,19 +180,6 @@ pub(crate) async fn without_slot_if_slow<S, T>(slot: S, look: impl Future<Output
     }
 }
 
-/// Looks at every file of `files`, and returns within [`FILE_CHECK_TIMEOUT`].
-///
-/// # Errors
-///
-/// Returns [`FilesTimedOut`] if the files do not answer in time.
-pub(crate) async fn check_files(
-    files: NamedFiles,
-    terms: FileCheckTerms,
-) -> Result<FileFindings, FilesTimedOut> {
-    let looking = move |file_check: &FileCheck| check_files_blocking(file_check, &files, terms);
-    terms.purpose.permits().run_within(FILE_CHECK_TIMEOUT, looking).await
-}
-
 fn check_files_blocking(file_check: &FileCheck, files: &NamedFiles, terms: FileCheckTerms) -> FileFindings {
     let NamedFiles { kernel, initrd, disks, console, names_root } = files;
     let mut found = FileFindings { report: CheckReport::default(), claims: Vec::new(), limit: None };
@@ -260,9 +270,43 @@ fn check_output(file_check: &FileCheck, report: &mut CheckReport, path: &Path, o
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::channel;
+
     use tokio::sync::Semaphore;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn hanging_file_checks_of_one_service_do_not_delay_another() {
+        let (hangs, other) = (FileChecks::default(), FileChecks::default());
+        // The threads are those of another runtime, whose looks this runtime cannot wait for: its
+        // paused clock passes every deadline while it waits for a permit that another runtime holds.
+        let elsewhere = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let elsewhere = elsewhere.unwrap();
+        let (entered, inside) = channel();
+        let mut gates = Vec::new();
+        for _ in 0..PERMITS.quick {
+            let (gate, opened) = channel::<()>();
+            let opened = Arc::new(std::sync::Mutex::new(opened));
+            gates.push(gate);
+            let (permits, entered) = (Arc::clone(&hangs.create), entered.clone());
+            elsewhere.spawn(async move {
+                let hanging = move |_: &FileCheck| {
+                    let _ = entered.send(());
+                    let _ = opened.lock().unwrap().recv();
+                };
+                permits.run_within(FILE_CHECK_TIMEOUT, hanging).await
+            });
+        }
+        (0..PERMITS.quick).for_each(|_| inside.recv().unwrap());
+        let terms = FileCheckTerms::of(FileCheckPurpose::Create, None);
+        let console = Console::Off;
+        let files = NamedFiles { kernel: None, initrd: None, disks: Vec::new(), console, names_root: false };
+        let looked = other.check(files, terms).await;
+        drop(gates);
+        elsewhere.shutdown_background();
+        assert!(looked.is_ok(), "the other service has permits of its own");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_slow_file_check_gives_up_the_start_slot_of_its_vm() {

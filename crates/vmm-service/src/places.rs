@@ -193,7 +193,7 @@ async fn import(
     let uid = VmUid::new(Uuid::now_v7());
     let spec = VmSpec::imported(&found.config);
     let run = match &found.launched {
-        Some(launched) => Some(claimed(&spec, backend, launched.vmm.run().clone()).await),
+        Some(launched) => Some(claimed(shared, &spec, backend, launched.vmm.run().clone()).await),
         None => None,
     };
     let Some((vm_id, _creating)) = free_name(shared, &found.names).await else {
@@ -293,12 +293,17 @@ fn event_of_import(record: &VmRecord) -> NewEvent {
 }
 
 /// Returns the run with its claims on the host, as far as the host shows them.
-pub(crate) async fn claimed(spec: &VmSpec, backend: &Arc<dyn Backend>, mut run: RunRecord) -> RunRecord {
+pub(crate) async fn claimed(
+    shared: &Shared,
+    spec: &VmSpec,
+    backend: &Arc<dyn Backend>,
+    mut run: RunRecord,
+) -> RunRecord {
     let terms = FileCheckTerms {
         owns_output: true,
         ..FileCheckTerms::of(FileCheckPurpose::Boot, Some(backend.capabilities()))
     };
-    run.claims = match check::check_files(NamedFiles::of(spec), terms).await {
+    run.claims = match shared.file_checks.check(NamedFiles::of(spec), terms).await {
         Ok(facts) => facts.claims,
         Err(silent) => {
             tracing::error!(

@@ -17,6 +17,7 @@ use vmm_host::net::tap::{HostTaps, Taps};
 
 use crate::actor::{self, ActorOrigin, NewActor};
 use crate::backends::{BackendStatus, Backends};
+use crate::check::FileChecks;
 use crate::claims::Claims;
 use crate::create::{self, CreateRequest, Created};
 use crate::error::ServiceError;
@@ -133,6 +134,7 @@ impl VmService {
             claims: Claims::default(),
             names: NameLocks::default(),
             spares,
+            file_checks: FileChecks::default(),
             places: tokio::sync::Mutex::default(),
             recoveries: Arc::new(Semaphore::new(RECOVERIES)),
             policy_starts: Arc::new(Semaphore::new(POLICY_STARTS)),

@@ -7,6 +7,7 @@ use vmm_core::id::InstanceId;
 use vmm_host::net::tap::Taps;
 
 use crate::backends::Backends;
+use crate::check::FileChecks;
 use crate::claims::Claims;
 use crate::events::Events;
 use crate::index::Index;
@@ -26,6 +27,8 @@ pub(crate) struct Shared {
     pub(crate) index: Arc<Index>,
     pub(crate) claims: Claims,
     pub(crate) names: NameLocks,
+    /// The looks at the files that clients name.
+    pub(crate) file_checks: FileChecks,
     pub(crate) spares: SpareManager,
     /// The lock of the places, held from the choice of a place to the record that holds it.
     pub(crate) places: tokio::sync::Mutex<()>,

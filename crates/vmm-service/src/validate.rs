@@ -18,7 +18,7 @@ use vmm_core::report::CheckReport;
 use vmm_core::spec::{MacAddr, Nic, VmSpec, too_many};
 use vmm_core::store::VmRequest;
 
-use crate::check::{self, FileCheckPurpose, FileCheckTerms};
+use crate::check::{FileCheckPurpose, FileCheckTerms};
 use crate::error::ServiceError;
 use crate::places;
 use crate::settings::DefaultBoot;
@@ -69,7 +69,7 @@ pub(crate) async fn check_config(
     // every problem at once.
     let terms =
         FileCheckTerms::of(FileCheckPurpose::Create, backend.as_ref().map(|backend| backend.capabilities()));
-    match check::check_files(files, terms).await {
+    match shared.file_checks.check(files, terms).await {
         Ok(mut facts) => {
             name_default_boot(&mut facts.report, &requested.config, &config);
             report.merge(facts.report);

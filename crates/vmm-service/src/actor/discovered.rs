@@ -63,7 +63,8 @@ impl Actor {
         let vcpus = spec.cpu.count;
         let backend = Arc::clone(&self.backend);
         let found_run = launched.vmm.run().clone();
-        let claiming = async move { places::claimed(&spec, &backend, found_run).await };
+        let shared = Arc::clone(&self.shared);
+        let claiming = async move { places::claimed(&shared, &spec, &backend, found_run).await };
         let budget = Budget::of_own_step();
         // The files may be on a server that does not answer, and a forced operation must not wait
         // for that. A VM that runs is found again later.

@@ -261,7 +261,7 @@ impl Actor {
             owns_output,
             ..FileCheckTerms::of(FileCheckPurpose::Boot, Some(self.backend.capabilities()))
         };
-        let look = check::check_files(NamedFiles::of(&self.spec()), terms);
+        let look = self.shared.file_checks.check(NamedFiles::of(&self.spec()), terms);
         let slot = self.slot.take();
         let looking = async move { Ok(check::without_slot_if_slow(slot, look).await) };
         // The look has a deadline of its own, which is shorter.
