@@ -36,6 +36,7 @@ mod metrics;
 mod names;
 mod operation_count;
 mod operation_log;
+mod panics;
 mod places;
 mod run_folders;
 mod service;

@@ -22,6 +22,7 @@ use vmm_core::backend::{ContactProof, NetworkCounters, Sample, StorageCounters, 
 use vmm_core::id::VmId;
 
 use crate::clock::now_ms;
+use crate::panics::report_panic;
 use crate::sockets::Sockets;
 
 /// The time from a start to the first sample. It is short, so that a new VM has numbers before a
@@ -176,11 +177,16 @@ impl SamplerTask {
         loop {
             tokio::time::sleep(wait).await;
             (wait, next) = (next, interval);
-            // A VMM that does not answer can still write to its log.
-            self.vmm.trim_logs().await;
-            if self.probe().await {
-                self.sample().await;
-            }
+            let task = format!("the sampler of VM \"{}\"", self.vm_id);
+            report_panic(task, self.step()).await;
+        }
+    }
+
+    async fn step(&mut self) {
+        // A VMM that does not answer can still write to its log.
+        self.vmm.trim_logs().await;
+        if self.probe().await {
+            self.sample().await;
         }
     }
 

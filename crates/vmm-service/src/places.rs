@@ -14,6 +14,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::MutexGuard;
 use tokio::task::JoinHandle;
@@ -39,10 +40,13 @@ use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::mailbox::{ActorHandle, OperationRequest};
 use crate::operation_log::{self, Ending};
+use crate::panics::report_panic;
 use crate::shared::Shared;
 
 /// The cause of the events of imported VMs.
 const CAUSE: &str = "imported";
+/// The wait before a discovery that panicked is begun again.
+const DISCOVERY_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Refuses to create a VM if the backend only imports VMs.
 pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceError> {
@@ -86,15 +90,21 @@ pub(crate) async fn claim<'a>(
 pub(crate) async fn discover_all(shared: &Arc<Shared>) {
     let discoveries = shared.backends.objects().into_iter().map(async |backend| {
         let Some(discovery) = backend.discovery() else { return };
-        let Discovery { present, mut later } = discovery.discover().await;
+        let task = format!("the discovery of {}", backend.capabilities().name);
+        let Discovery { present, mut later } = loop {
+            match report_panic(&task, discovery.discover()).await {
+                Some(discovery) => break discovery,
+                None => tokio::time::sleep(DISCOVERY_RETRY_DELAY).await,
+            }
+        };
         for found in present {
-            accept(shared, &backend, found).await;
+            report_panic(&task, accept(shared, &backend, found)).await;
         }
         let shared = Arc::clone(shared);
         tokio::spawn(async move {
             let mut leaving = PlaceRemovals::default();
             while let Some(finding) = later.recv().await {
-                follow_discovery(&shared, &backend, finding, &mut leaving).await;
+                report_panic(&task, follow_discovery(&shared, &backend, finding, &mut leaving)).await;
             }
         });
     });
@@ -122,7 +132,8 @@ async fn follow_discovery(
                 let place = found.place.clone();
                 let after_it = async move {
                     let _ = removal.await;
-                    accept(&shared, &backend, *found).await;
+                    let taking = accept(&shared, &backend, *found);
+                    report_panic("the discovery of a place whose VM has left", taking).await;
                 };
                 leaving.insert(place, tokio::spawn(after_it));
             }
@@ -135,7 +146,8 @@ async fn follow_discovery(
                 if let Some(before) = before {
                     let _ = before.await;
                 }
-                forget(&shared, &backend.capabilities().name, &lost).await;
+                let name = &backend.capabilities().name;
+                report_panic("the removal of a VM whose place is gone", forget(&shared, name, &lost)).await;
             };
             leaving.insert(place, tokio::spawn(removal));
         }
@@ -272,6 +284,7 @@ fn record_of_import(
         kind: found.place,
         imported: true,
         unrepresented: found.unrepresented,
+        pending: Some(PendingWork::default()),
     }
 }
 
@@ -284,7 +297,6 @@ fn event_of_import(record: &VmRecord) -> NewEvent {
         kind: EventKind::Created,
         state: record.state,
         status: record.status.clone(),
-        pending: Some(PendingWork::default()),
         cause: CAUSE.to_owned(),
         caller: Caller::system(),
         ended_by: None,

@@ -29,6 +29,7 @@ use crate::mailbox::{ActorHandle, OperationOutcome, OperationRequest};
 use crate::names::NameLocks;
 use crate::operation_count::OperationCounter;
 use crate::operation_log::Beginnings;
+use crate::panics::report_panic;
 use crate::places;
 use crate::run_folders::UsedRunFolders;
 use crate::settings::Settings;
@@ -133,8 +134,8 @@ impl VmService {
             index: Arc::default(),
             claims: Claims::default(),
             names: NameLocks::default(),
-            spares,
             file_checks: FileChecks::default(),
+            spares,
             places: tokio::sync::Mutex::default(),
             recoveries: Arc::new(Semaphore::new(RECOVERIES)),
             policy_starts: Arc::new(Semaphore::new(POLICY_STARTS)),
@@ -436,7 +437,7 @@ fn ping_for_ever(backends: Backends) {
     tokio::spawn(async move {
         loop {
             tokio::time::sleep(PING_INTERVAL).await;
-            backends.refresh().await;
+            report_panic("the health of the backends", backends.refresh()).await;
         }
     });
 }

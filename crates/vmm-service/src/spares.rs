@@ -34,6 +34,7 @@ use vmm_host::fault::{FaultPoint, point};
 use vmm_host::run_dir::{self, SpareMark};
 use vmm_host::survey::{self, RuntimeDirUsers};
 
+use crate::panics::report_panic;
 use crate::run_folders;
 use crate::shared::Shared;
 use crate::spare_pool::{RemainingSpares, SparePool};
@@ -144,7 +145,10 @@ pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
     let (shared_with, backend) = (Arc::clone(shared), Arc::clone(backend));
     spawn(shared, async move {
         tokio::time::sleep(REFILL_DELAY).await;
-        fill(&shared_with, &*backend).await;
+        if report_panic("the spare VMMs", fill(&shared_with, &*backend)).await.is_none() {
+            // The next start of a VM fills the pool again.
+            shared_with.spares.pool().end_filling(&backend.capabilities().name, false);
+        }
     });
 }
 

@@ -20,6 +20,7 @@ use vmm_core::spec::VmSpec;
 use vmm_core::store::{Commit, RecordChange, Tombstone, VmRecord};
 use vmm_host::process::{Lookup, adopt, can_search, search_by_argument};
 
+use crate::panics::report_panic;
 use crate::shared::Shared;
 
 /// The wait before the first look at a process that was left.
@@ -48,7 +49,8 @@ pub(crate) fn hold_claims(shared: &Arc<Shared>, tombstone: Tombstone) {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(CHECK_INTERVAL);
             let Some(shared) = shared.upgrade() else { return };
-            if is_gone(&shared, &tombstone.vm).await && remove(&shared, &tombstone).await {
+            let check = async { is_gone(&shared, &tombstone.vm).await && remove(&shared, &tombstone).await };
+            if report_panic("the watch of a deleted VM's process", check).await == Some(true) {
                 return;
             }
         }

@@ -24,6 +24,7 @@ use vmm_core::store::{EventQuery, StoreError};
 
 use super::Events;
 use crate::clock::now_ms;
+use crate::panics::report_panic;
 
 /// The shortest time between two removals.
 const MIN_REMOVAL_INTERVAL: Duration = Duration::from_secs(1);
@@ -35,7 +36,7 @@ const MAX_REMOVAL_INTERVAL: Duration = Duration::from_secs(600);
 pub(crate) async fn expire_for_ever(events: Weak<Events>) {
     let mut cutoff = Cutoff::default();
     while let Some(events) = events.upgrade() {
-        expire(&events, &mut cutoff).await;
+        report_panic("the removal of old events", expire(&events, &mut cutoff)).await;
         let pause = (events.retention / 20).clamp(MIN_REMOVAL_INTERVAL, MAX_REMOVAL_INTERVAL);
         drop(events);
         tokio::time::sleep(pause).await;

@@ -372,3 +372,17 @@ async fn endless_guest_resets_delay_no_operation_and_log_few_lines() {
     let resets = bed.store.log().into_iter().filter(|it| it.event.kind == EventKind::GuestReset).count();
     assert!(resets <= 3, "{resets} events");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_in_the_sampler_loses_one_sample_only() {
+    for method in [ScriptedMethod::Probe, ScriptedMethod::Sample, ScriptedMethod::TrimLogs] {
+        let bed = Bed::new();
+        let vms = bed.start().await;
+        vms.world.next(method, ScriptedResult::Panic);
+        let machine = vms.run("a", bed.config()).await;
+        tokio::time::sleep(METRICS_INTERVAL * 3).await;
+        assert!(vms.service.get("a").unwrap().metrics.is_some(), "{method:?}: it is sampled again");
+        machine.stop();
+        vms.until_phase("a", Phase::Unreachable).await;
+    }
+}

@@ -12,6 +12,7 @@ use vmm_core::backend::{
 };
 use vmm_core::config::VmConfig;
 use vmm_core::discovery::{DiscoveredVm, Discoverer, Discovery, DiscoveryEvent, Places};
+use vmm_core::event::EventKind;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_core::report::CheckReport;
@@ -31,12 +32,26 @@ struct Landlord {
     later: Mutex<Option<mpsc::Receiver<DiscoveryEvent>>>,
     /// The VM that is found while the next VM is being checked.
     while_checking: Arc<Mutex<Option<DiscoveryEvent>>>,
+    /// Called at each question for the capabilities.
+    on_capabilities: OnCapabilities,
     tell: mpsc::Sender<DiscoveryEvent>,
+}
+
+type OnCapabilities = Arc<Mutex<Option<Box<dyn Fn() + Send>>>>;
+
+/// Points at which a test intervenes.
+#[derive(Default)]
+struct Hooks {
+    while_checking: Arc<Mutex<Option<DiscoveryEvent>>>,
+    on_capabilities: OnCapabilities,
 }
 
 #[async_trait]
 impl Backend for Landlord {
     fn capabilities(&self) -> &Capabilities {
+        if let Some(hook) = &*self.on_capabilities.lock().unwrap() {
+            hook();
+        }
         self.fake.capabilities()
     }
 
@@ -91,7 +106,7 @@ impl Discoverer for Landlord {
 
 /// A service whose only backend is a [`Landlord`], and the way to tell it of findings.
 async fn start(bed: &Bed, places: Places, present: Vec<DiscoveredVm>) -> (Vms, mpsc::Sender<DiscoveryEvent>) {
-    start_finding(bed, places, present, Arc::default()).await
+    start_with(bed, places, present, Hooks::default()).await
 }
 
 /// Starts like [`start`], and finds what is put into `while_checking` during the next check of a configuration.
@@ -101,13 +116,23 @@ async fn start_finding(
     present: Vec<DiscoveredVm>,
     while_checking: Arc<Mutex<Option<DiscoveryEvent>>>,
 ) -> (Vms, mpsc::Sender<DiscoveryEvent>) {
+    start_with(bed, places, present, Hooks { while_checking, ..Hooks::default() }).await
+}
+
+async fn start_with(
+    bed: &Bed,
+    places: Places,
+    present: Vec<DiscoveredVm>,
+    hooks: Hooks,
+) -> (Vms, mpsc::Sender<DiscoveryEvent>) {
     let (tell, later) = mpsc::channel(8);
     let landlord = Landlord {
         fake: FakeBackend::in_world("fake", &bed.world),
         places,
         present: Mutex::new(present),
         later: Mutex::new(Some(later)),
-        while_checking,
+        while_checking: hooks.while_checking,
+        on_capabilities: hooks.on_capabilities,
         tell: tell.clone(),
     };
     (bed.start_with(landlord).await, tell)
@@ -388,5 +413,95 @@ fn a_later_vm_in_the_place_of_a_tombstone_is_not_ended() {
         assert_eq!(bed.world.living(), 1, "what runs there now is not this program's to kill");
         bed.world.host_dies();
         eventually("the tombstone has gone", || bed.store.tombstones().is_empty()).await;
+    });
+}
+
+#[test]
+fn endless_resets_of_an_imported_guest_are_recorded_once_a_minute() {
+    let bed = Bed::new();
+    on_a_paused_clock(async {
+        let present = vec![found(&bed, "/a", &["found"], VmState::Running).await];
+        let (vms, _tell) = start(&bed, fixed(&["/a"]), present).await;
+        let machine = vms.machine("foreign");
+        let hours = 3;
+        for _ in 0..hours * 3600 {
+            machine.reset();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(vms.state("found"), VmState::Running, "its owner decides when it ends");
+        let record = vms.until("found", |record| record.status.restarts == hours * 3600).await;
+        assert_eq!(record.status.reason.as_str(), "guest-reset");
+        let resets = bed.store.log().into_iter().filter(|it| it.event.kind == EventKind::GuestReset).count();
+        assert!((100..=100 + 60 * 3 + 2).contains(&resets), "{resets} events");
+    });
+}
+
+#[test]
+fn a_discovery_pre_empted_by_force_leaves_the_configuration_unchanged() {
+    let bed = Bed::new();
+    on_a_paused_clock(async {
+        let on_look = Arc::new(Mutex::new(None));
+        let (vms, tell) = start_with(
+            &bed,
+            fixed(&["/a"]),
+            Vec::new(),
+            Hooks { on_capabilities: Arc::clone(&on_look), ..Hooks::default() },
+        )
+        .await;
+        vms.bring_to("vm", bed.config(), VmState::Shutdown).await;
+        let before = vms.record("vm");
+        // A forced operation comes at each question for the capabilities. The last question before
+        // the files are looked at is that of the look itself.
+        let forcing = {
+            let vms = vms.clone();
+            move || {
+                drop(tokio::spawn({
+                    let vms = vms.clone();
+                    async move { vms.force_shutdown("vm").await }
+                }))
+            }
+        };
+        let asked = Arc::new(Mutex::new(0));
+        let forcing = {
+            let asked = Arc::clone(&asked);
+            move || {
+                *asked.lock().unwrap() += 1;
+                forcing()
+            }
+        };
+        *on_look.lock().unwrap() = Some(Box::new(forcing) as Box<dyn Fn() + Send>);
+        tell.send(DiscoveryEvent::Found(Box::new(another_machine(&bed).await))).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert!(on_look.lock().unwrap().take().is_some() && *asked.lock().unwrap() > 0);
+        assert_eq!(vms.state("vm"), VmState::Shutdown, "force came before the VM was taken up");
+        // An unrelated change is recorded without the configuration that was found.
+        vms.boot("vm").await.unwrap();
+        let record = vms.record("vm");
+        assert_eq!((record.imported, &record.config), (false, &before.config));
+        vms.shutdown("vm").await.unwrap();
+        tell.send(DiscoveryEvent::Found(Box::new(another_machine(&bed).await))).await.unwrap();
+        let record = vms.until("vm", |record| record.state == VmState::Running).await;
+        assert!(record.imported, "found again, it is taken up");
+        assert_eq!(record.config.cpu.as_ref().unwrap().vcpu_count, 3);
+    });
+}
+
+/// A machine that runs at `/a` and that this program has not made.
+async fn another_machine(bed: &Bed) -> DiscoveredVm {
+    let mut other = found(bed, "/a", &["ignored"], VmState::Running).await;
+    other.config.cpu.as_mut().unwrap().vcpu_count = 3;
+    other
+}
+
+#[test]
+fn a_panic_in_the_discovery_loses_one_finding_only() {
+    let bed = Bed::new();
+    on_a_paused_clock(async {
+        let (vms, tell) = start(&bed, fixed(&["/a"]), Vec::new()).await;
+        bed.world.next(ScriptedMethod::Ping, ScriptedResult::Panic);
+        tell.send(DiscoveryEvent::Health).await.unwrap();
+        let after = found(&bed, "/a", &["found"], VmState::Running).await;
+        tell.send(DiscoveryEvent::Found(Box::new(after))).await.unwrap();
+        eventually("the next finding is followed", || vms.service.get("found").is_ok()).await;
     });
 }
