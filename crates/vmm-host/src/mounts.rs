@@ -5,8 +5,16 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// The file in which the kernel shows the mounts of this process.
+const MOUNTINFO: &str = "/proc/self/mountinfo";
 
 /// The number of symbolic links that the kernel follows on one path.
 const MAX_LINKS: usize = 40;
@@ -33,6 +41,60 @@ const SERVED: &[&str] = &[
     "autofs",
 ];
 
+/// Keeps the mounts of this process's namespace between two questions.
+///
+/// A host with many containers has thousands of mounts, and the kernel writes all of them anew for
+/// each reader. Therefore the table is read again only after the kernel reported a change.
+#[derive(Debug, Default)]
+pub struct MountTable {
+    read: Mutex<Option<MountTableRead>>,
+}
+
+/// The last reading of the mounts.
+#[derive(Debug)]
+struct MountTableRead {
+    file: File,
+    mounts: Arc<Mounts>,
+}
+
+impl MountTable {
+    /// Returns the mounts as they are now. Returns none where the kernel does not show them.
+    pub fn now(&self) -> Arc<Mounts> {
+        let mut read = self.lock();
+        match read.as_mut().filter(|read| !changed(&read.file)) {
+            Some(read) => Arc::clone(&read.mounts),
+            None => {
+                *read = MountTableRead::of(read.take().map(|read| read.file));
+                read.as_ref().map(|read| Arc::clone(&read.mounts)).unwrap_or_default()
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<MountTableRead>> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl MountTableRead {
+    /// Reads the mounts from `file`, or from a file that is opened now.
+    fn of(file: Option<File>) -> Option<Self> {
+        let mut file = file.map_or_else(|| File::open(MOUNTINFO), Ok).ok()?;
+        let mut text = Vec::new();
+        file.rewind().and_then(|()| file.read_to_end(&mut text)).ok()?;
+        Some(Self { file, mounts: Arc::new(Mounts::parse(&text)) })
+    }
+}
+
+/// Returns true if the mounts changed since `file` was opened or asked about last. An error counts
+/// as a change.
+fn changed(file: &File) -> bool {
+    // The kernel reports a change once for each open file, as an error and as priority data. A
+    // change between this call and the reading is reported again at the next call.
+    let mut asked = [PollFd::new(file, PollFlags::PRI)];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    !matches!(poll(&mut asked, Some(&at_once)), Ok(0))
+}
+
 /// The mounts of this process's namespace at one moment.
 #[derive(Debug, Default)]
 pub struct Mounts {
@@ -41,11 +103,6 @@ pub struct Mounts {
 }
 
 impl Mounts {
-    /// Reads the mounts of this process. Returns none where the kernel does not show them.
-    pub fn read() -> Self {
-        Self::parse(&std::fs::read("/proc/self/mountinfo").unwrap_or_default())
-    }
-
     fn parse(text: &[u8]) -> Self {
         let mut points = HashMap::new();
         for line in text.split(|byte| *byte == b'\n') {
@@ -132,6 +189,7 @@ fn unescape(text: &[u8]) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+    use std::process::Command;
 
     use super::*;
 
@@ -176,6 +234,39 @@ mod tests {
 
     #[test]
     fn the_mounts_of_this_process_can_be_read() {
-        assert!(Mounts::read().points.contains_key(Path::new("/proc")));
+        assert!(MountTable::default().now().points.contains_key(Path::new("/proc")));
+    }
+
+    #[test]
+    fn unchanged_mounts_are_read_once() {
+        let table = MountTable::default();
+        let first = table.now();
+        let read_again = (0..20).filter(|_| !Arc::ptr_eq(&first, &table.now())).count();
+        // Another program may mount something meanwhile.
+        assert!(read_again < 20, "each question read the mounts");
+    }
+
+    #[test]
+    fn a_new_mount_is_seen_at_the_next_question() {
+        struct Mounted(PathBuf);
+        impl Drop for Mounted {
+            fn drop(&mut self) {
+                let _ = Command::new("umount").arg(&self.0).status();
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let point = dir.path().canonicalize().unwrap().join("point");
+        std::fs::create_dir(&point).unwrap();
+        let table = MountTable::default();
+        assert!(!table.now().points.contains_key(&point));
+        let mount = Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&point).output();
+        if !mount.as_ref().is_ok_and(|mount| mount.status.success()) {
+            let why = format!("no mount is possible here: {mount:?}");
+            return vmm_testkit::skip::skipped("a_new_mount_is_seen_at_the_next_question", &why);
+        }
+        let mounted = Mounted(point.clone());
+        assert!(table.now().points.contains_key(&point));
+        drop(mounted);
+        assert!(!table.now().points.contains_key(&point));
     }
 }

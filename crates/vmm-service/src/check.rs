@@ -13,7 +13,7 @@ mod disk;
 mod permits;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use vmm_core::backend::{Capabilities, KernelFormat};
@@ -23,7 +23,7 @@ use vmm_core::spec::{Console, Disk, NamedFiles, VmSpec};
 use vmm_core::store::HostClaim;
 use vmm_host::files::{self, Access, FileFacts};
 use vmm_host::kernel::{self, KernelKind};
-use vmm_host::mounts::Mounts;
+use vmm_host::mounts::MountTable;
 
 use permits::{FileCheck, FileCheckPermits, PermitLimits};
 
@@ -42,6 +42,9 @@ pub(crate) enum FileCheckPurpose {
     Boot,
 }
 
+/// The mounts of this process, for all services in it.
+static MOUNTS: LazyLock<MountTable> = LazyLock::new(MountTable::default);
+
 /// The looks at files of one service. Each purpose has its own permits, so that hanging calls of
 /// CreateVm and ValidateVm keep no VM from starting.
 pub(crate) struct FileChecks {
@@ -51,7 +54,7 @@ pub(crate) struct FileChecks {
 
 impl Default for FileChecks {
     fn default() -> Self {
-        let permits = || Arc::new(FileCheckPermits::new(PERMITS, |path| Mounts::read().served_by(path)));
+        let permits = || Arc::new(FileCheckPermits::new(PERMITS, |path| MOUNTS.now().served_by(path)));
         Self { create: permits(), boot: permits() }
     }
 }

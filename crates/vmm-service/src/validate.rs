@@ -9,7 +9,7 @@
 //! ```
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use vmm_core::backend::Backend;
 use vmm_core::config::{BootConfig, VmConfig};
@@ -158,10 +158,11 @@ struct HostCapacity {
 
 impl HostCapacity {
     fn of_this_host() -> Self {
-        let memory = vmm_host::memory::total();
-        // If the number is not known, there is no warning.
-        let cpus = std::thread::available_parallelism().map_or(usize::MAX, std::num::NonZero::get);
-        Self { memory, cpus }
+        // The number of CPUs is asked for once, because the question reads files of the control
+        // groups. If the number is not known, there is no warning.
+        static CPUS: LazyLock<usize> =
+            LazyLock::new(|| std::thread::available_parallelism().map_or(usize::MAX, std::num::NonZero::get));
+        Self { memory: vmm_host::memory::total(), cpus: *CPUS }
     }
 }
 
