@@ -146,14 +146,16 @@ pub async fn wait_for_permit(permit: &RunPermit, process: &Process) -> Result<()
 }
 
 /// The first pause between two attempts to connect, if no event announces the socket.
-const FIRST_CONNECT_DELAY: Duration = Duration::from_micros(200);
+const FIRST_CONNECT_DELAY: Duration = Duration::from_micros(50);
 /// The longest pause between two such attempts.
 const MAX_CONNECT_DELAY: Duration = Duration::from_millis(5);
+/// The resolution of the runtime's timers. A sleep of the runtime takes this long or longer.
+const TIMER_RESOLUTION: Duration = Duration::from_millis(1);
 
 async fn connect_when_ready(path: &Path) -> io::Result<UnixStream> {
     // The watch begins before the first attempt, because a socket that appears between an attempt
     // and a later watch would cause no event. If the kernel refuses the watch (it allows a user
-    // about 128), the loop retries after pauses of 0.2 ms to 5 ms instead.
+    // about 128), the loop retries after pauses of 0.05 ms to 5 ms instead.
     let watch = path.parent().and_then(|dir| match DirWatch::new(dir) {
         Ok(watch) => Some(watch),
         Err(error) => {
@@ -172,12 +174,26 @@ async fn connect_when_ready(path: &Path) -> io::Result<UnixStream> {
             // The socket is bound and the VMM does not listen yet, or the queue of the socket is
             // full. The kernel reports no event at the end of either state, so the loop pauses.
             (io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock | io::ErrorKind::NotFound, _) => {
-                tokio::time::sleep(pause).await;
+                sleep_for(pause).await;
                 pause = (pause * 2).min(MAX_CONNECT_DELAY);
             }
             _ => return Err(error),
         }
     }
+}
+
+/// Sleeps for `pause`, also if that is shorter than the resolution of the runtime's timers.
+///
+/// A VMM listens at once after it has bound its socket. With a timer of the runtime, each boot that
+/// meets the moment between the two would wait for 1 to 2 ms.
+async fn sleep_for(pause: Duration) {
+    if pause >= TIMER_RESOLUTION {
+        return tokio::time::sleep(pause).await;
+    }
+    #[expect(clippy::disallowed_methods, reason = "the thread is no executor thread")]
+    let sleep = move || std::thread::sleep(pause);
+    // The only error is the end of the runtime, which drops the caller as well.
+    let _ = tokio::task::spawn_blocking(sleep).await;
 }
 
 /// Ends every process that has `dir` among its arguments and runs one of the programs
