@@ -4,15 +4,17 @@
 vmm-service, vmm-backends and vmm-store never import each other, so that each can be read, tested and replaced alone. Only the daemon
 imports all of them, and only the tests of the command line import the daemon, because they run it. The manifests are read through
 `cargo metadata`. A crate can use only what its manifest lists, so this is the whole check. ARCHITECTURE.md has a drawing of the table,
-which is compared too.
+which is compared too. Inside a crate, a large circle of imports between files is refused; import_circles.py defines it.
 
-Exits 1 and names every wrong import. With --draw prints the drawing for ARCHITECTURE.md.
+Exits 1 and names every wrong import and every large circle. With --draw prints the drawing for ARCHITECTURE.md.
 """
 
 import json
 import pathlib
 import subprocess
 import sys
+
+from import_circles import LIMIT, large_circles
 
 # crate → the crates of this workspace that it may import.
 ALLOWED = {
@@ -89,11 +91,11 @@ def main():
         return 0
     command = ["cargo", "metadata", "--no-deps", "--format-version", "1"]
     packages = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["packages"]
-    found = [*violations(packages), *unused(packages), *stale_drawing()]
+    found = [*violations(packages), *unused(packages), *stale_drawing(), *large_circles()]
     for sentence in found:
         print(f"error: {sentence}", file=sys.stderr)
     if not found:
-        print(f"imports: {len(packages)} crates, every import is in the table")
+        print(f"imports: {len(packages)} crates, every import is in the table, and no circle has more than {LIMIT} files")
     return 1 if found else 0
 
 

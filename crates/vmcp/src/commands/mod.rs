@@ -11,21 +11,14 @@ mod health;
 mod lifecycle;
 mod list;
 pub(crate) mod man;
+mod session;
 mod wait;
 mod watch;
 
 use crate::cli::Command;
-use crate::config::Server;
-use crate::connect::Client;
 use crate::failure::Failure;
-use crate::output::Output;
 
-/// The things that a command works with.
-pub(crate) struct Session {
-    pub(crate) server: Server,
-    pub(crate) client: Client,
-    pub(crate) output: Output,
-}
+pub(crate) use session::Session;
 
 /// Carries out a command.
 ///

@@ -1,78 +1,7 @@
 //! The list of cases, in the order of the matrix.
 
-use std::sync::Arc;
-
-use super::results::CaseVerdict;
-use super::rig::{DaemonLife, Rig, StepFuture};
-use super::{daemon, ends, fields, fields_devices, life, states, trouble};
-
-/// A case, which is one row of the matrix.
-#[derive(Debug)]
-pub struct Case {
-    /// The name of the case and of its test.
-    pub id: &'static str,
-    /// The row's title in the matrix.
-    pub title: &'static str,
-    /// The part of the matrix that the case belongs to.
-    pub group: CaseGroup,
-    /// The steps, in order.
-    pub(super) steps: &'static [CaseStep],
-}
-
-/// A part of the matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CaseGroup {
-    /// The state table.
-    States,
-    /// CPUs, memory and boot.
-    Configuration,
-    /// Disks, network and console.
-    Devices,
-    /// The ends of runs.
-    Ends,
-    /// Faults of the VMM.
-    Trouble,
-    /// Observations of a running guest.
-    Observation,
-    /// Restarts of the daemon.
-    Restart,
-}
-
-impl CaseGroup {
-    /// Every part, in the matrix's order.
-    pub const ALL: [Self; 7] = [
-        Self::States,
-        Self::Configuration,
-        Self::Devices,
-        Self::Ends,
-        Self::Trouble,
-        Self::Observation,
-        Self::Restart,
-    ];
-
-    /// Returns the heading of the part.
-    #[must_use]
-    pub const fn title(self) -> &'static str {
-        match self {
-            Self::States => "The state table",
-            Self::Configuration => "CPUs, memory, boot",
-            Self::Devices => "Disks, network, console, labels",
-            Self::Ends => "How a run ends",
-            Self::Trouble => "When the VMM fails",
-            Self::Observation => "What is seen of a running guest",
-            Self::Restart => "When the daemon restarts",
-        }
-    }
-}
-
-/// A step of a case.
-#[derive(Debug)]
-pub(super) enum CaseStep {
-    /// The life of one daemon. The verdict of the last life is the verdict of the case.
-    Life(fn(DaemonLife) -> StepFuture<CaseVerdict>),
-    /// An action while no daemon runs.
-    Away(fn(Arc<Rig>) -> StepFuture<()>),
-}
+use super::case::{Case, CaseGroup, CaseStep};
+use super::{daemon, ends, fields, fields_devices, life, states, vmm_failures};
 
 macro_rules! life {
     ($case:path) => {
@@ -153,16 +82,16 @@ pub static CASES: &[Case] = &[
     case!(Ends, ends::panic_under_never, "the guest panics under NEVER"),
     case!(Ends, ends::panic_under_on_failure, "the guest panics under ON_FAILURE"),
     case!(Ends, ends::restart_policy_unset, "`restart_policy` left out"),
-    case!(Trouble, trouble::vmm_killed_while_running, "the VMM is killed while RUNNING"),
-    case!(Trouble, trouble::vmm_killed_while_paused, "the VMM is killed while PAUSED"),
-    case!(Trouble, trouble::vmm_crashes_while_running, "the VMM crashes while RUNNING"),
-    case!(Trouble, trouble::vmm_crashes_while_paused, "the VMM crashes while PAUSED"),
-    case!(Trouble, trouble::vmm_killed_while_stopping, "the VMM is killed during ShutdownVm"),
-    case!(Trouble, ends::on_failure_starts_again, "ON_FAILURE starts it again"),
-    case!(Trouble, trouble::vmm_hangs, "the VMM hangs: reads go on, `force` works"),
-    case!(Trouble, trouble::hanging_vmm_is_deleted, "the VMM hangs: DeleteVm with `force`"),
-    case!(Trouble, trouble::vmm_comes_back, "the VMM hangs for a while"),
-    case!(Trouble, trouble::broken_kernel_leaves_nothing, "a kernel without code"),
+    case!(VmmFailures, vmm_failures::vmm_killed_while_running, "the VMM is killed while RUNNING"),
+    case!(VmmFailures, vmm_failures::vmm_killed_while_paused, "the VMM is killed while PAUSED"),
+    case!(VmmFailures, vmm_failures::vmm_crashes_while_running, "the VMM crashes while RUNNING"),
+    case!(VmmFailures, vmm_failures::vmm_crashes_while_paused, "the VMM crashes while PAUSED"),
+    case!(VmmFailures, vmm_failures::vmm_killed_while_stopping, "the VMM is killed during ShutdownVm"),
+    case!(VmmFailures, ends::on_failure_starts_again, "ON_FAILURE starts it again"),
+    case!(VmmFailures, vmm_failures::vmm_hangs, "the VMM hangs: reads go on, `force` works"),
+    case!(VmmFailures, vmm_failures::hanging_vmm_is_deleted, "the VMM hangs: DeleteVm with `force`"),
+    case!(VmmFailures, vmm_failures::vmm_comes_back, "the VMM hangs for a while"),
+    case!(VmmFailures, vmm_failures::broken_kernel_leaves_nothing, "a kernel without code"),
     case!(Observation, life::metrics_move, "metrics move"),
     case!(
         Observation,

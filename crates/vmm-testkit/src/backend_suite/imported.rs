@@ -4,7 +4,7 @@
 use vmm_core::store::VmRequest;
 use vmm_service::ServiceError;
 
-use super::cases::CaseStep;
+use super::case::CaseStep;
 use super::results::CaseVerdict;
 use super::rig::{DaemonLife, VM};
 use crate::guests::TinyGuest;

@@ -2,10 +2,11 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::cases::{CASES, Case, CaseGroup};
-use super::results::{self, CaseVerdict, ColumnResults};
+use super::case::{Case, CaseGroup};
+use super::cases::CASES;
+use super::results::{self, CaseVerdict, ColumnResults, root};
 
 /// The columns in their order: name and heading.
 pub const COLUMNS: [(&str, &str); 9] = [
@@ -24,12 +25,6 @@ pub const BEGIN: &str = "<!-- matrix: made by scripts/backend-matrix.sh; do not 
 /// The variable that makes the tests record results without comparing them, while the document is
 /// regenerated.
 pub const UPDATE: &str = "VMCP_BACKEND_MATRIX";
-
-/// Returns the root folder of the sources.
-#[must_use]
-pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
 
 /// Returns the path of the document.
 #[must_use]
@@ -99,10 +94,10 @@ fn cell(found: Option<&ColumnResults>, case: &Case) -> CaseVerdict {
 
 /// Returns the cell of `column` and `case` in the document.
 fn committed(document: &str, column: &str, case: &Case) -> Option<String> {
-    let place = COLUMNS.iter().position(|(name, _)| *name == column)?;
+    let index = COLUMNS.iter().position(|(name, _)| *name == column)?;
     let (_, matrix) = document.split_once(BEGIN)?;
     let row = matrix.lines().find_map(|line| line.strip_prefix(&format!("| {} | ", case.title)))?;
-    row.trim_end_matches('|').split('|').nth(place).map(|cell| cell.trim().to_owned())
+    row.trim_end_matches('|').split('|').nth(index).map(|cell| cell.trim().to_owned())
 }
 
 /// Compares the verdict with the committed document.

@@ -20,6 +20,7 @@
 
 #![expect(clippy::panic, reason = "a suite gives up as loudly as the tests that it is made of")]
 
+mod case;
 mod cases;
 mod column;
 mod daemon;
@@ -34,13 +35,14 @@ pub mod results;
 mod rig;
 mod states;
 mod tap;
-mod trouble;
+mod vmm_failures;
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
-pub use cases::{CASES, Case, CaseGroup};
+pub use case::{Case, CaseGroup};
+pub use cases::CASES;
 pub use column::{Column, LinuxGuest, ObeyingGuest, real};
 pub use fake_column::FakeColumn;
 pub use results::{CaseVerdict, MatrixWord};

@@ -10,6 +10,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+/// Returns the root folder of the sources.
+#[must_use]
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
 /// The result of a case on a column.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "cell", content = "detail", rename_all = "kebab-case")]
@@ -93,7 +99,7 @@ pub struct ColumnResults {
 #[must_use]
 pub fn folder() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    target.unwrap_or_else(|| super::matrix::root().join("target")).join("backend-suite")
+    target.unwrap_or_else(|| root().join("target")).join("backend-suite")
 }
 
 /// Reads the results of a column. `None` if there are none.

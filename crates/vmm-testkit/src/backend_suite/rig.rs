@@ -18,7 +18,7 @@ use vmm_service::{
     VmService, VmView,
 };
 
-use super::cases::{Case, CaseStep};
+use super::case::{Case, CaseStep};
 use super::column::{Column, ExpectedFacts, LinuxGuest};
 use super::imported;
 use super::results::CaseVerdict;

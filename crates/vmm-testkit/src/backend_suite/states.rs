@@ -21,10 +21,10 @@ enum TableOperation {
     ForceDelete,
 }
 
-/// A cell of the table. The table is repeated here and not taken from the code, because it is a
-/// promise to clients.
+/// An entry of the state table. The table is repeated here and not taken from the code, because it
+/// is a guarantee to clients.
 #[derive(Clone, Copy)]
-enum TableCell {
+enum TableEntry {
     /// The operation leads to this state.
     To(VmState),
     /// The VM is in the wanted state already, so nothing changes.
@@ -35,11 +35,11 @@ enum TableCell {
     Gone,
 }
 
-use TableCell::{Gone, No, Same, To};
+use TableEntry::{Gone, No, Same, To};
 
-const RUNNING: TableCell = To(VmState::Running);
-const PAUSED: TableCell = To(VmState::Paused);
-const SHUTDOWN: TableCell = To(VmState::Shutdown);
+const RUNNING: TableEntry = To(VmState::Running);
+const PAUSED: TableEntry = To(VmState::Paused);
+const SHUTDOWN: TableEntry = To(VmState::Shutdown);
 
 pub(super) async fn boot_in_every_state(vms: DaemonLife) -> CaseVerdict {
     row(&vms, TableOperation::Boot, [RUNNING, Same, No, RUNNING]).await
@@ -69,10 +69,10 @@ pub(super) async fn force_delete_in_every_state(vms: DaemonLife) -> CaseVerdict 
     row(&vms, TableOperation::ForceDelete, [Gone, Gone, Gone, Gone]).await
 }
 
-/// Runs `op` on a new VM in each state. `cells` are in the order of [`VmState::ALL`].
-async fn row(vms: &DaemonLife, op: TableOperation, cells: [TableCell; 4]) -> CaseVerdict {
+/// Runs `op` on a new VM in each state. `entries` are in the order of [`VmState::ALL`].
+async fn row(vms: &DaemonLife, op: TableOperation, entries: [TableEntry; 4]) -> CaseVerdict {
     let mut verdict = CaseVerdict::Served;
-    for (state, cell) in VmState::ALL.into_iter().zip(cells) {
+    for (state, entry) in VmState::ALL.into_iter().zip(entries) {
         if state == VmState::Created && vms.column().imports() {
             // An imported VM runs already.
             continue;
@@ -83,7 +83,7 @@ async fn row(vms: &DaemonLife, op: TableOperation, cells: [TableCell; 4]) -> Cas
         let before = vms.record(&vm_id);
         let answer = carry_out(vms, &vm_id, op).await;
         let said = format!("from {}: {answer:?}", state.name());
-        match cell {
+        match entry {
             To(VmState::Running) if matches!(op, TableOperation::Reboot) && !vms.facts.reboots => {
                 verdict = reboot_is_refused(answer);
                 assert_eq!(vms.record(&vm_id).state, state, "it goes on");
