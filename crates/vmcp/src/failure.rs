@@ -19,7 +19,7 @@ pub(crate) enum Failure {
     /// An argument or a file that this program refuses, as the server would: `invalid_argument`.
     #[error("{message}")]
     Input {
-        /// The fault, with its place.
+        /// The fault, with its location.
         message: String,
         /// The advice, if the fault does not say it all.
         remedy: Option<String>,

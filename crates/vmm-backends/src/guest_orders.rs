@@ -8,7 +8,7 @@ use vmm_core::backend::VmmEvent;
 
 use crate::resets::ResetTracker;
 
-/// The orders that the guest of one run was given. The VM's handle and its watch share them.
+/// The orders that the guest of one run was given. The VM's handle and its monitor share them.
 #[derive(Debug)]
 pub(crate) struct GuestOrders {
     runs: AtomicBool,
@@ -90,7 +90,7 @@ impl OrderLock<'_> {
     }
 }
 
-/// Waits until both the receiver of the events and the handle have been dropped. The watch then
+/// Waits until both the receiver of the events and the handle have been dropped. The monitor then
 /// closes its connection, because QEMU serves one client at a time.
 pub(crate) async fn wait_for_last_user(events: &mpsc::Sender<VmmEvent>, handle: &mut oneshot::Receiver<()>) {
     events.closed().await;

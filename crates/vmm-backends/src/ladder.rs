@@ -98,8 +98,8 @@ pub async fn climb(means: &dyn LadderRungs, ladder: LadderOptions) -> Result<End
     // Rung 1: ask the guest, for as long as the caller gives it. If the VMM answered no request,
     // the ladder stops with an error, because the guest may never have been asked and the next
     // rungs would take its power away. Force begins at rung 2 instead.
-    if let Some(patience) = ladder.ask_guest_for {
-        match ask(means, patience).await {
+    if let Some(guest_timeout) = ladder.ask_guest_for {
+        match ask(means, guest_timeout).await {
             AskOutcome::Ended(rung) => return Ok(rung),
             AskOutcome::RunsOn(rung) => reached = rung,
             AskOutcome::Unanswered(error) => return Err(error),
@@ -135,11 +135,11 @@ enum AskOutcome {
     Unanswered(BackendError),
 }
 
-/// Asks the guest repeatedly and waits for the end of the VM, for `patience` in all.
-async fn ask(means: &dyn LadderRungs, patience: Duration) -> AskOutcome {
+/// Asks the guest repeatedly and waits for the end of the VM, for `guest_timeout` in all.
+async fn ask(means: &dyn LadderRungs, guest_timeout: Duration) -> AskOutcome {
     // `ended` is one future for the whole function, because it polls the VMM and a new one for each
     // request would start its interval again.
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + guest_timeout;
     let mut ended = std::pin::pin!(end_of(means));
     let mut reached = EndedBy::Guest;
     let mut answered = false;
@@ -199,11 +199,11 @@ async fn ask(means: &dyn LadderRungs, patience: Duration) -> AskOutcome {
     if answered || first {
         AskOutcome::RunsOn(reached)
     } else {
-        AskOutcome::Unanswered(unanswered_error(patience, last))
+        AskOutcome::Unanswered(unanswered_error(guest_timeout, last))
     }
 }
 
-fn unanswered_error(patience: Duration, last: Option<BackendError>) -> BackendError {
+fn unanswered_error(guest_timeout: Duration, last: Option<BackendError>) -> BackendError {
     let kind = match &last {
         Some(error) if error.kind.contact() == ContactProof::Lost => error.kind,
         Some(_) | None => BackendErrorKind::Timeout,
@@ -212,7 +212,7 @@ fn unanswered_error(patience: Duration, last: Option<BackendError>) -> BackendEr
     let message = format!(
         "the VMM has not answered for {} s{why}, so the guest may not have been asked, and the VM runs on: try again, or use \
          force, which ends a VMM that does not answer",
-        patience.as_secs()
+        guest_timeout.as_secs()
     );
     let error = BackendError::new(kind, Effect::Unknown, message);
     match last {

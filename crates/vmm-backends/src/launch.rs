@@ -101,14 +101,14 @@ pub async fn log_tail(log: &Path) -> String {
 ///
 /// # Errors
 /// [`BackendErrorKind::Gone`] as soon as the process has ended, so that the caller calls
-/// [`early_exit_error`]; [`BackendErrorKind::Timeout`] after `within`; [`BackendErrorKind::Host`]
+/// [`early_exit_error`]; [`BackendErrorKind::Timeout`] after `timeout`; [`BackendErrorKind::Host`]
 /// if the socket cannot be used.
 pub async fn wait_for_socket(
     process: &Process,
     path: &Path,
-    within: Duration,
+    timeout: Duration,
 ) -> Result<UnixStream, BackendError> {
-    let deadline = Instant::now() + within;
+    let deadline = Instant::now() + timeout;
     // The arms are polled in this order. A process that listened and ended at once is still
     // reported as connected here, and the first call on the connection fails with the cause. The
     // exit comes before the deadline because it is the better explanation if both have happened.
@@ -123,13 +123,13 @@ pub async fn wait_for_socket(
             Err(BackendError::new(BackendErrorKind::Gone, Effect::NotApplied, message))
         }
         () = tokio::time::sleep_until(deadline) => {
-            let message = format!("the VMM did not listen on {} within {within:?}", path.display());
+            let message = format!("the VMM did not listen on {} within {timeout:?}", path.display());
             Err(BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message))
         }
     }
 }
 
-/// Waits until `gate` is open or `process` has ended. A spare VMM may end during this wait.
+/// Waits until `permit` is open or `process` has ended. A spare VMM may end during this wait.
 ///
 /// # Errors
 /// Returns the error of [`RunPermit::wait`]; [`BackendErrorKind::Gone`] if the process has ended,

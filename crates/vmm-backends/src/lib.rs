@@ -13,11 +13,11 @@
 //! - `attached.rs` serves VMMs of this hypervisor that another program started.
 //!
 //! The files beside the folders are shared. A launch uses [`program`] (finds the executable and its
-//! version, which `output` reads), [`launch`] (starts the process and waits for its socket), `spares` and, for a VMM with
-//! a REST API, [`rest`]. A shutdown uses the [`ladder`], with the deadlines of `timeouts`. A
-//! restarted daemon uses `search` to find the VMM of a launch that was interrupted. The watch of a
-//! running VM uses `ordered`, `resets` and `throttle`. Text that comes from a VMM passes `sanitize`
-//! before it is shown or stored.
+//! version, which `output` reads), [`launch`] (starts the process and waits for its socket),
+//! `spares` and, for a VMM with a REST API, [`rest`]. A shutdown uses the [`ladder`], with the
+//! deadlines of `timeouts`. A restarted daemon uses `search` to find the VMM of a launch that was
+//! interrupted. The monitor of a running VM uses `ordered`, `resets` and `throttle`. Text that
+//! comes from a VMM passes `sanitize` before it is shown or stored.
 
 pub mod attached;
 pub mod cloud_hypervisor;

@@ -27,15 +27,15 @@ pub(crate) struct Output {
 
 /// Runs `program` with `arguments` in a process group of its own, writes `input` to its standard
 /// input, and waits for its end. At the end of the call every process of the group is killed; also
-/// if `within` passes, if the future is dropped, and if the daemon ends.
+/// if `timeout` passes, if the future is dropped, and if the daemon ends.
 ///
 /// # Errors
-/// [`io::ErrorKind::TimedOut`] after `within`; else the kernel's error.
+/// [`io::ErrorKind::TimedOut`] after `timeout`; else the kernel's error.
 pub(crate) async fn of(
     program: &Path,
     arguments: &[OsString],
     input: &[u8],
-    within: Duration,
+    timeout: Duration,
 ) -> io::Result<Output> {
     // Without a shell on the host only the program itself is killed, and only by the daemon.
     let group = Group::start().ok();
@@ -53,7 +53,7 @@ pub(crate) async fn of(
         let _starting = exec_guard();
         command.spawn()?
     };
-    match tokio::time::timeout(within, finish(child, input)).await {
+    match tokio::time::timeout(timeout, finish(child, input)).await {
         Ok(output) => output,
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
     }
@@ -133,8 +133,8 @@ mod tests {
         })
     }
 
-    async fn shell(script: &str, input: &[u8], within: Duration) -> io::Result<Output> {
-        of(Path::new("/bin/sh"), &["-c".into(), script.into()], input, within).await
+    async fn shell(script: &str, input: &[u8], timeout: Duration) -> io::Result<Output> {
+        of(Path::new("/bin/sh"), &["-c".into(), script.into()], input, timeout).await
     }
 
     #[tokio::test]

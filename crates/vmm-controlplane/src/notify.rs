@@ -15,7 +15,7 @@ use std::time::Duration;
 /// The connection to the service manager, if there is one.
 pub(crate) struct ServiceManager {
     way: Option<(UnixDatagram, SocketAddr)>,
-    watchdog: Option<Duration>,
+    watchdog_interval: Option<Duration>,
 }
 
 impl ServiceManager {
@@ -33,8 +33,8 @@ impl ServiceManager {
         });
         let number = |name: &str| variable(name)?.to_str()?.parse::<u64>().ok();
         let is_for_us = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
-        let watchdog = number("WATCHDOG_USEC").filter(|_| is_for_us).map(Duration::from_micros);
-        Self { way, watchdog }
+        let watchdog_interval = number("WATCHDOG_USEC").filter(|_| is_for_us).map(Duration::from_micros);
+        Self { way, watchdog_interval }
     }
 
     /// Reports that the daemon serves.
@@ -50,7 +50,7 @@ impl ServiceManager {
     /// Reports to the watchdog for ever that the daemon is alive, twice in the longest permitted
     /// silence.
     pub(crate) async fn stay_alive(&self) {
-        let Some(longest) = self.watchdog.filter(|_| self.way.is_some()) else {
+        let Some(longest) = self.watchdog_interval.filter(|_| self.way.is_some()) else {
             return std::future::pending().await;
         };
         let mut ticks = tokio::time::interval((longest / 2).max(Duration::from_millis(1)));
@@ -95,13 +95,13 @@ mod tests {
         for (name, socket) in [(path.into_os_string(), named), (format!("@{abstract_name}").into(), unnamed)]
         {
             let way = Some(open_notify_socket(&name).unwrap());
-            ServiceManager { way, watchdog: None }.ready();
+            ServiceManager { way, watchdog_interval: None }.ready();
             let mut told = [0; 100];
             let length = socket.recv(&mut told).unwrap();
             assert_eq!(&told[..length], b"READY=1\nSTATUS=serving");
         }
         // Nobody listens at this name, which is not an error.
         let way = Some(open_notify_socket(OsStr::new("/nonexistent/notify")).unwrap());
-        ServiceManager { way, watchdog: None }.stopping();
+        ServiceManager { way, watchdog_interval: None }.stopping();
     }
 }

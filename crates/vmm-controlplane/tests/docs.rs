@@ -68,7 +68,7 @@ fn pages() -> Vec<(String, String)> {
 
 /// A fenced block of a page.
 struct Block {
-    place: String,
+    location: String,
     language: String,
     about: String,
     text: String,
@@ -84,7 +84,7 @@ fn blocks(page: &str, text: &str) -> Vec<Block> {
             (Some(info), None) => {
                 let (language, about) = info.trim().split_once(' ').unwrap_or((info.trim(), ""));
                 open = Some(Block {
-                    place: format!("{page}:{}", number + 1),
+                    location: format!("{page}:{}", number + 1),
                     language: language.to_owned(),
                     about: about.to_owned(),
                     text: String::new(),
@@ -183,14 +183,14 @@ fn backends() -> Vec<Box<dyn Backend>> {
 fn every_json_block_parses_as_its_message() {
     for (page, text) in pages() {
         for block in blocks(&page, &text).iter().filter(|block| block.language == "json") {
-            let _: Value =
-                serde_json::from_str(&block.text).unwrap_or_else(|error| panic!("{}: {error}", block.place));
+            let _: Value = serde_json::from_str(&block.text)
+                .unwrap_or_else(|error| panic!("{}: {error}", block.location));
             let name = block.about.split(' ').next().unwrap();
             if let Some(Err(error)) = parse_message(name, &block.text) {
-                panic!("{}: not a {name}: {error}", block.place);
+                panic!("{}: not a {name}: {error}", block.location);
             }
             let ours = [CONFIGURATION, REFERENCE].contains(&page.as_str());
-            assert!(!ours || !name.is_empty(), "{}: say which message this is", block.place);
+            assert!(!ours || !name.is_empty(), "{}: say which message this is", block.location);
         }
     }
 }
@@ -221,8 +221,8 @@ fn the_body_of_every_curl_call_is_a_request_of_its_method() {
                 let body = rest.split_once("-d '").or_else(|| rest.split_once("'message="));
                 let Some(body) = body.map(|(_, body)| single_quoted(body)) else { continue };
                 let parsed = parse_message(&format!("{method}Request"), &body);
-                let parsed = parsed.unwrap_or_else(|| panic!("{}: there is no {method}", block.place));
-                parsed.unwrap_or_else(|error| panic!("{}: {method}: {error}", block.place));
+                let parsed = parsed.unwrap_or_else(|| panic!("{}: there is no {method}", block.location));
+                parsed.unwrap_or_else(|error| panic!("{}: {method}: {error}", block.location));
                 calls += 1;
             }
         }
@@ -242,7 +242,7 @@ fn domain_config(block: &Block) -> (String, VmConfig) {
         config["restart_policy"]["mode"] = mode.into();
     }
     let mut config: VmConfig =
-        serde_json::from_value(config.take()).unwrap_or_else(|error| panic!("{}: {error}", block.place));
+        serde_json::from_value(config.take()).unwrap_or_else(|error| panic!("{}: {error}", block.location));
     for (index, nic) in config.network.iter_mut().enumerate().filter(|(_, nic)| nic.mac_address.is_empty()) {
         nic.mac_address = format!("02:00:00:00:ff:{index:02x}");
     }
@@ -260,12 +260,12 @@ fn every_example_of_a_configuration_is_accepted_by_its_backend() {
     let mut named = BTreeSet::new();
     for block in examples {
         let (name, config) = domain_config(block);
-        let spec = VmSpec::parse(&config).unwrap_or_else(|report| panic!("{}: {report:?}", block.place));
+        let spec = VmSpec::parse(&config).unwrap_or_else(|report| panic!("{}: {report:?}", block.location));
         for backend in backends() {
             let its_name = backend.capabilities().name.as_str().to_owned();
             if name.is_empty() || name == its_name {
                 let violations = backend.check(&spec).violations;
-                assert!(violations.is_empty(), "{}: {its_name}: {violations:?}", block.place);
+                assert!(violations.is_empty(), "{}: {its_name}: {violations:?}", block.location);
             }
         }
         named.insert(name);
@@ -410,7 +410,7 @@ fn every_excerpt_is_in_the_file_named_above_it() {
             blocks.iter().filter(|block| block.language == "rust" && !block.about.is_empty()).collect();
         for block in &excerpts {
             let code = read(&block.about);
-            assert!(code.contains(&block.text), "{}: {} no longer has this", block.place, block.about);
+            assert!(code.contains(&block.text), "{}: {} no longer has this", block.location, block.about);
         }
         let developers = page == NEW_BACKEND;
         assert!(!developers || excerpts.len() > 5, "{page}: the search has gone blind");

@@ -1,4 +1,4 @@
-//! The domain of the control plane: VMs, their states, and the ports to hypervisors and to durable
+//! The core of the control plane: VMs, their states, and the ports to hypervisors and to durable
 //! state.
 //!
 //! - A VM is described by [`config`] as sent and by [`spec`] as checked. [`id`] has the names.

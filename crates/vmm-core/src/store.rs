@@ -1,4 +1,4 @@
-//! The port to durable state: the records of VMs, and the promises of a store.
+//! The port to durable state: the records of VMs, and the guarantees of a store.
 
 use std::path::PathBuf;
 

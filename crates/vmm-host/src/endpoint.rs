@@ -6,7 +6,7 @@
 //!   connect ──► the listener's pid (SO_PEERCRED) ──► pidfd ──► connect again: same pid ──► proven
 //! ```
 //!
-//! A pid alone may belong to another process by the time of the look. A listening socket ends with
+//! A pid alone may belong to another process by the time of the check. A listening socket ends with
 //! its last holder. Therefore, if a second connection after the opening of the pidfd shows the same
 //! pid, the pidfd means the listener.
 
@@ -102,7 +102,7 @@ fn is_trusted(uid: u32) -> bool {
 /// Returns [`EndpointError`], as its variants describe.
 pub async fn visit(path: &Path) -> Result<EndpointConnection, EndpointError> {
     let owned = path.to_path_buf();
-    // The look at the file may block on a slow file system, so it happens on a thread for blocking
+    // The check of the file may block on a slow file system, so it happens on a thread for blocking
     // work.
     let examined = tokio::task::spawn_blocking(move || examine(&owned)).await;
     examined.map_err(|error| EndpointError::Failed(error.to_string()))??;

@@ -1,4 +1,4 @@
-//! Fault points: the places between two steps of an operation at which a test ends the daemon.
+//! Fault points: the points between two steps of an operation at which a test ends the daemon.
 //!
 //! ```text
 //!   CreateVm   checked ─ committed ─ shown ──► answer
@@ -26,7 +26,7 @@ use vmm_core::state::VmOperation;
 /// Declares the points and the list of all points.
 macro_rules! points {
     ($($(#[$doc:meta])* $point:ident = $name:literal,)*) => {
-        /// A place between two steps of an operation.
+        /// A point between two steps of an operation.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         pub enum FaultPoint {
             $($(#[$doc])* $point,)*

@@ -16,7 +16,7 @@ use tracing::Instrument;
 
 use crate::async_fd;
 
-/// The interval between two looks at a file that cannot be watched.
+/// The interval between two checks of a file that cannot be watched.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The room for events of the kernel, in bytes.
 const ROOM: usize = 4096;

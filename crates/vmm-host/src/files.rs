@@ -109,8 +109,8 @@ pub enum FileProblem {
 }
 
 impl FileProblem {
-    /// Returns the limit of the host that prevented the look at the file. Such a problem is not one
-    /// of the file.
+    /// Returns the limit of the host that prevented the check of the file. Such a problem is not
+    /// one of the file.
     pub fn limit(&self) -> Option<HostLimit> {
         match self {
             Self::Io { cause, .. } => HostLimit::of(cause),

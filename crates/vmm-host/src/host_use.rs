@@ -1,8 +1,8 @@
 //! Finds block devices that the host itself uses: mounted, swapped to, or part of another device.
 //!
 //! The kernel keeps one exclusive holder of each block device. A mount, a swap area, a RAID and the
-//! device mapper are such holders. An exclusive open for reading asks for the same place, changes
-//! nothing, and fails where the place is taken. The kernel counts a disk and its partitions
+//! device mapper are such holders. An exclusive open for reading asks for the same exclusive hold,
+//! changes nothing, and fails if another holder has it. The kernel counts a disk and its partitions
 //! together.
 
 use std::fs::{self, OpenOptions};
@@ -41,7 +41,7 @@ fn used(rdev: u64) -> String {
     }
 }
 
-/// Returns the first place where the device is mounted, as far as this mount namespace shows it.
+/// Returns the first path where the device is mounted, as far as this mount namespace shows it.
 fn mount_point(rdev: u64) -> Option<String> {
     let number = format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
@@ -119,12 +119,12 @@ mod tests {
         let hard = mounted.dir.path().join("hard");
         fs::hard_link(&image, &hard).unwrap();
         let use_of = |path: &Path| of(path, &inspect(path, Access::ReadWrite).unwrap());
-        let place = mounted.dir.path().join("mnt");
+        let mount_point = mounted.dir.path().join("mnt");
         for path in [Path::new(&mounted.device), &image, &hard] {
             let told = use_of(path).unwrap_or_else(|| panic!("{} is mounted", path.display()));
-            assert!(told.contains(place.to_str().unwrap()), "{told}");
+            assert!(told.contains(mount_point.to_str().unwrap()), "{told}");
         }
-        run(&["umount", place.to_str().unwrap()]).expect("the file system is idle");
+        run(&["umount", mount_point.to_str().unwrap()]).expect("the file system is idle");
         for path in [Path::new(&mounted.device), &image, &hard] {
             assert_eq!(use_of(path), None, "{}", path.display());
         }

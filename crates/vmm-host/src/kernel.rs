@@ -84,7 +84,7 @@ const PT_NOTE: u64 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`, owned by "Xen".
 const PHYS32_ENTRY: u64 = 18;
 
-/// Searches the note segments for the PVH entry point. Program headers state the place of the
+/// Searches the note segments for the PVH entry point. Program headers state the offset of the
 /// segments.
 fn has_pvh_note(file: &File, head: &[u8]) -> io::Result<bool> {
     let field = |at, length| number(head, at, length).unwrap_or_default();

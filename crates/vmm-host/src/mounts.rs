@@ -1,7 +1,7 @@
 //! Finds mounts whose files are served by a server or by another process of this host.
 //!
-//! A look at a file on such a mount waits for as long as its server is silent. Therefore the way to
-//! a file is followed here without a step into such a mount.
+//! A check of a file on such a mount waits for as long as its server is silent. Therefore the way
+//! to a file is followed here without a step into such a mount.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};

@@ -73,7 +73,7 @@ pub struct Qcow2Header {
     pub unknown_features: u64,
     /// The method of compression, where this program does not know it.
     pub unknown_compression: Option<u8>,
-    /// The place of the tables. `None` if the size of a cluster is not valid.
+    /// The offsets of the tables. `None` if the size of a cluster is not valid.
     pub tables: Option<Tables>,
 }
 
@@ -154,7 +154,7 @@ fn compression(file: &File, features: u64) -> io::Result<u8> {
     }
 }
 
-/// Returns the place of the tables, or `None` if the size of a cluster is not valid.
+/// Returns the offsets of the tables, or `None` if the size of a cluster is not valid.
 fn tables(file: &File, compression: u8) -> io::Result<Option<Tables>> {
     let tables = Tables {
         cluster_bits: u32_at(file, 20)?,

@@ -152,7 +152,7 @@ pub fn trim(path: &Path, kept: u64) -> io::Result<()> {
     let facts = file.metadata()?;
     let takes = facts.blocks().saturating_mul(512);
     match facts.len().checked_sub(kept) {
-        // The factor keeps a log that grows slowly from being trimmed at each look.
+        // The factor keeps a log that grows slowly from being trimmed at each check.
         Some(beyond) if beyond > 0 && takes > kept.saturating_mul(2) => punch(&file, beyond),
         Some(_) | None => Ok(()),
     }

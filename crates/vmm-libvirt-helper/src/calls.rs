@@ -29,8 +29,8 @@ pub(crate) fn run(connect: &Connect, call: &Call) -> Result<CallResult, Error> {
             let domains = all.iter().filter_map(|domain| facts(domain).ok()).collect();
             Ok(CallResult::Domains { domains })
         }
-        Call::Look { uuid } => single_domain(find(connect, *uuid)),
-        Call::LookByName { name } => single_domain(Domain::lookup_by_name(connect, name)),
+        Call::LookUp { uuid } => single_domain(find(connect, *uuid)),
+        Call::LookUpByName { name } => single_domain(Domain::lookup_by_name(connect, name)),
         Call::Xml { uuid } => {
             let domain = find(connect, *uuid)?;
             Ok(CallResult::Xml { xml: cut(domain.get_xml_desc(0)?, XML) })

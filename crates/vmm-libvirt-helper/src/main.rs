@@ -53,7 +53,7 @@ fn main() -> ExitCode {
 fn serve(uri: &str) -> Result<(), Error> {
     // Requests are read on a thread of their own, because libvirt may block the main thread without
     // end, and the helper must end when the daemon closes stdin.
-    let (requests, inbox) = sync_channel(WAITING);
+    let (requests, incoming) = sync_channel(WAITING);
     std::thread::spawn(move || match read_requests(&requests) {
         Ok(()) => std::process::exit(0),
         Err(error) => {
@@ -74,7 +74,7 @@ fn serve(uri: &str) -> Result<(), Error> {
     });
     let lanes = Connections::new(uri.to_owned(), main);
     let desk = CallQueue::new(move |call| lanes.make(call), answer);
-    for request in inbox {
+    for request in incoming {
         desk.take(request);
     }
     Ok(())

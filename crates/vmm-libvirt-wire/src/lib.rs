@@ -46,12 +46,14 @@ pub enum Call {
     /// Lists every domain, running or not.
     List,
     /// Describes one domain.
-    Look {
+    #[serde(rename = "look")]
+    LookUp {
         /// The domain.
         uuid: Uuid,
     },
     /// Describes the domain with this name.
-    LookByName {
+    #[serde(rename = "look-by-name")]
+    LookUpByName {
         /// The name.
         name: String,
     },
@@ -124,7 +126,7 @@ impl Call {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::List => "list",
-            Self::Look { .. } | Self::LookByName { .. } => "look",
+            Self::LookUp { .. } | Self::LookUpByName { .. } => "look",
             Self::Xml { .. } => "dumpxml",
             Self::Define { .. } => "define",
             Self::Start { .. } => "start",
@@ -146,7 +148,9 @@ impl Call {
     /// call.
     pub const fn waits_for(&self) -> WaitsFor {
         match self {
-            Self::List | Self::Look { .. } | Self::LookByName { .. } | Self::Xml { .. } => WaitsFor::Nothing,
+            Self::List | Self::LookUp { .. } | Self::LookUpByName { .. } | Self::Xml { .. } => {
+                WaitsFor::Nothing
+            }
             Self::Define { .. } => WaitsFor::Host,
             Self::Start { uuid }
             | Self::Suspend { uuid }
@@ -170,8 +174,8 @@ impl Call {
     pub const fn rank(&self) -> CallRank {
         match self {
             Self::List
-            | Self::Look { .. }
-            | Self::LookByName { .. }
+            | Self::LookUp { .. }
+            | Self::LookUpByName { .. }
             | Self::Xml { .. }
             | Self::Define { .. }
             | Self::Undefine { .. }
@@ -190,8 +194,8 @@ impl Call {
     pub const fn only_reads(&self) -> bool {
         match self {
             Self::List
-            | Self::Look { .. }
-            | Self::LookByName { .. }
+            | Self::LookUp { .. }
+            | Self::LookUpByName { .. }
             | Self::Xml { .. }
             | Self::BlockStats { .. } => true,
             Self::Define { .. }

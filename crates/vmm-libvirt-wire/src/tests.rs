@@ -49,8 +49,8 @@ fn calls_that_need_qemu_wait_for_their_turn_per_domain() {
     };
     for (call, waits_for, waits_its_turn) in [
         (Call::List, "nothing", false),
-        (Call::Look { uuid: UUID }, "nothing", false),
-        (Call::LookByName { name: "vm".to_owned() }, "nothing", false),
+        (Call::LookUp { uuid: UUID }, "nothing", false),
+        (Call::LookUpByName { name: "vm".to_owned() }, "nothing", false),
         (Call::Xml { uuid: UUID }, "nothing", false),
         (Call::Define { xml: String::new() }, "the host", false),
         (Call::Start { uuid: UUID }, "QEMU", true),

@@ -1,9 +1,9 @@
 //! The files on the host that a configuration names: checks that each exists and is of the kind
 //! that the configuration states.
 //!
-//! CreateVm and ValidateVm look before anything is touched, and report their findings as
-//! violations. BootVm looks again, because files change, and takes the claims that keep two running
-//! VMs apart.
+//! CreateVm and ValidateVm check the files before anything is touched, and report their findings as
+//! violations. BootVm checks again, because files change, and takes the claims that keep two
+//! running VMs apart.
 //!
 //! Files may lie on a device or server that does not answer. [`permits`] bounds the threads that
 //! wait for them, and a deadline bounds the caller's wait. Only the paths of clients pass through
@@ -27,13 +27,13 @@ use vmm_host::mounts::MountTable;
 
 use permits::{FileCheck, FileCheckPermits, PermitLimits};
 
-/// The time that a look may take.
+/// The time that a file check may take.
 pub(crate) const FILE_CHECK_TIMEOUT: Duration = Duration::from_secs(3);
-/// The permits of a service's looks for one purpose. The runtime has some 500 threads in all.
+/// The permits of a service's file checks for one purpose. The runtime has some 500 threads in all.
 const PERMITS: PermitLimits =
-    PermitLimits { quick: 32, slow: 160, slow_of_a_mount: 16, after: Duration::from_millis(250) };
+    PermitLimits { quick: 32, slow: 160, slow_of_a_mount: 16, quick_limit: Duration::from_millis(250) };
 
-/// The reason for a look at files.
+/// The reason for a file check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileCheckPurpose {
     /// A client creates a VM: a raw disk must not begin as an image of another format.
@@ -45,7 +45,7 @@ pub(crate) enum FileCheckPurpose {
 /// The mounts of this process, for all services in it.
 static MOUNTS: LazyLock<MountTable> = LazyLock::new(MountTable::default);
 
-/// The looks at files of one service. Each purpose has its own permits, so that hanging calls of
+/// The file checks of one service. Each purpose has its own permits, so that hanging calls of
 /// CreateVm and ValidateVm keep no VM from starting.
 pub(crate) struct FileChecks {
     create: Arc<FileCheckPermits>,
@@ -60,7 +60,7 @@ impl Default for FileChecks {
 }
 
 impl FileChecks {
-    /// Returns the permits for looks of `purpose`.
+    /// Returns the permits for file checks of `purpose`.
     fn permits(&self, purpose: FileCheckPurpose) -> &Arc<FileCheckPermits> {
         match purpose {
             FileCheckPurpose::Create => &self.create,
@@ -68,7 +68,7 @@ impl FileChecks {
         }
     }
 
-    /// Looks at every file of `files`, and returns within [`FILE_CHECK_TIMEOUT`].
+    /// Checks every file of `files`, and returns within [`FILE_CHECK_TIMEOUT`].
     ///
     /// # Errors
     ///
@@ -84,10 +84,10 @@ impl FileChecks {
     }
 }
 
-/// The purpose of a look at the files, and the formats that the backend accepts.
+/// The purpose of a file check, and the formats that the backend accepts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FileCheckTerms {
-    /// The reason for the look.
+    /// The reason for the file check.
     pub(crate) purpose: FileCheckPurpose,
     /// The kernel formats that the backend boots, if the backend is known.
     pub(crate) kernels: Option<&'static [KernelFormat]>,
@@ -172,13 +172,13 @@ pub(crate) fn claims_by_path(spec: &VmSpec) -> Vec<HostClaim> {
 /// Waits for `check_files`, and drops `slot` if the look is slow. A slot limits the VMs that need
 /// processor time together, and a VM that waits for its files needs none. The permits of looks
 /// limit those VMs.
-pub(crate) async fn without_slot_if_slow<S, T>(slot: S, look: impl Future<Output = T>) -> (T, Option<S>) {
-    let mut look = std::pin::pin!(look);
-    match tokio::time::timeout(PERMITS.after, &mut look).await {
+pub(crate) async fn without_slot_if_slow<S, T>(slot: S, check: impl Future<Output = T>) -> (T, Option<S>) {
+    let mut check = std::pin::pin!(check);
+    match tokio::time::timeout(PERMITS.quick_limit, &mut check).await {
         Ok(found) => (found, Some(slot)),
         Err(_) => {
             drop(slot);
-            (look.await, None)
+            (check.await, None)
         }
     }
 }
@@ -232,7 +232,7 @@ fn check_kernel(
     }
 }
 
-/// Looks at the file that receives the console, and at the folder in which BootVm makes that file.
+/// Checks the file that receives the console, and at the folder in which BootVm makes that file.
 fn check_output(file_check: &FileCheck, report: &mut CheckReport, path: &Path, owned: bool) {
     const FIELD: &str = "config.console.output";
     if !file_check.may_open(path) {
@@ -323,6 +323,6 @@ mod tests {
             slots.available_permits()
         };
         let slow = without_slot_if_slow(slots.acquire().await.unwrap(), slow).await;
-        assert!(matches!(slow, (1, None)), "it was free while the look waited");
+        assert!(matches!(slow, (1, None)), "it was free while the file check waited");
     }
 }

@@ -98,7 +98,7 @@ async fn create_or_find(shared: &Arc<Shared>, request: CreateRequest) -> Result<
         spare = spares::reserve(shared, &backend);
     }
     // The uid is chosen before the checks, because MACs and TAP names are derived from it. If a
-    // check fails, the promise is dropped and the spare VMM is free again.
+    // check fails, the reservation is dropped and the spare VMM is free again.
     let uid = spare.as_ref().and_then(SpareReservation::uid).unwrap_or(fresh);
     let CheckedRequest { config, report, accepted } = check_config(shared, uid, &request.requested).await?;
     let Some(backend) = accepted.filter(|_| report.is_ok()) else {
@@ -159,7 +159,7 @@ fn new_record(
     }
 }
 
-/// Commits a new VM and its event. The spare VMM that was promised to it is redeemed, or discarded
+/// Commits a new VM and its event. The spare VMM that was reserved for it is used, or discarded
 /// if it may be lost.
 async fn put_on_record(
     shared: &Shared,

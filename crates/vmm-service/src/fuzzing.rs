@@ -1,4 +1,4 @@
-//! The fuzz target for tokens: every text of a client is a place in the log or the list, or is
+//! The fuzz target for tokens: every text of a client is a position in the log or the list, or is
 //! refused by name.
 //!
 //! The input has two lines: a token, and the filter of the listing. `make fuzz` runs the target,
@@ -88,7 +88,7 @@ fn event(seq: u64) -> VmEvent {
 ///
 /// # Panics
 ///
-/// Panics if a promise is broken, which is the finding.
+/// Panics if a guarantee is broken, which is the finding.
 pub fn tokens(input: &[u8]) {
     let Ok(input) = std::str::from_utf8(input) else { return };
     let (token, filter) = input.split_once('\n').unwrap_or((input, ""));

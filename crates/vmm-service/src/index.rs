@@ -28,7 +28,7 @@ use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::mailbox::ActorHandle;
-use crate::metrics::{Metrics, MetricsCell};
+use crate::metrics::{LatestMetrics, Metrics};
 
 use macs::MacTable;
 pub(crate) use order::ListFilter;
@@ -94,7 +94,7 @@ struct ShownVm {
     seq: EventSeq,
     waiters: Waiters,
     /// The samples of the last run, if there was one.
-    metrics: Option<MetricsCell>,
+    metrics: Option<LatestMetrics>,
 }
 
 /// The answer to a WaitVm.
@@ -206,7 +206,7 @@ impl Index {
     }
 
     /// Shows the samples of a run that begins. Only the VM's actor calls this.
-    pub(crate) fn show_metrics(&self, uid: VmUid, metrics: MetricsCell) {
+    pub(crate) fn show_metrics(&self, uid: VmUid, metrics: LatestMetrics) {
         if let Some(entry) = self.read().by_uid.get(&uid) {
             entry.shown().metrics = Some(metrics);
         }
@@ -227,7 +227,7 @@ impl Index {
         let inner = self.read();
         let entry = inner.named(vm_id)?;
         let shown = entry.shown();
-        let metrics = shown.metrics.as_ref().and_then(MetricsCell::get);
+        let metrics = shown.metrics.as_ref().and_then(LatestMetrics::get);
         Some(VmView { record: Arc::clone(&shown.record), metrics })
     }
 

@@ -9,10 +9,11 @@
 //!
 //! Reads come from the [`index`] and never pass an actor or a VMM. Changes go through the
 //! [`mailbox`] of the VM's [`actor`], one at a time, and only `force` pre-empts the operation in
-//! progress. Every commit goes through [`events`], which sends it to watchers in the order of the
-//! log. [`check`] looks at the host before anything is touched, [`claims`] keeps two running VMs
-//! off one disk or TAP, and [`tombstones`] keep the claims of processes that deleted VMs have left.
-//! [`operation_log`] writes the log line of each operation and of each change without a request.
+//! progress. Every commit goes through [`events`], which sends it to watches in the order of the
+//! log. [`check`] checks the host's files before anything is touched, [`claims`] keeps two running
+//! VMs off one disk or TAP, and [`tombstones`] keep the claims of processes that deleted VMs have
+//! left. [`operation_log`] writes the log line of each operation and of each change without a
+//! request.
 //!
 //! The modules depend on each other in one direction: [`service`], the use cases, [`shared`],
 //! [`index`], [`mailbox`].

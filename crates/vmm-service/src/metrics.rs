@@ -51,9 +51,9 @@ pub struct Metrics {
 
 /// The place where a sampler stores its last sample.
 #[derive(Clone, Default)]
-pub(crate) struct MetricsCell(Arc<Mutex<Option<Metrics>>>);
+pub(crate) struct LatestMetrics(Arc<Mutex<Option<Metrics>>>);
 
-impl MetricsCell {
+impl LatestMetrics {
     /// Returns the last sample, or `None` while nothing runs.
     pub(crate) fn get(&self) -> Option<Metrics> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -89,7 +89,7 @@ pub(crate) enum Contact {
 /// Probes and samples one run until it is dropped.
 pub(crate) struct Sampler {
     task: AbortHandle,
-    cell: MetricsCell,
+    latest: LatestMetrics,
     news: watch::Receiver<Option<ContactReport>>,
 }
 
@@ -101,7 +101,7 @@ impl Sampler {
         sockets: Option<Sockets>,
         (vm_id, vcpus): (VmId, u32),
         interval: Duration,
-        cell: MetricsCell,
+        latest: LatestMetrics,
     ) -> Self {
         // Only the newest message counts, so a busy actor neither delays the sampler nor reads old
         // messages.
@@ -112,7 +112,7 @@ impl Sampler {
             sockets,
             vm_id,
             vcpus,
-            cell: cell.clone(),
+            latest: latest.clone(),
             before: None,
             missing: Vec::new(),
             tell,
@@ -120,7 +120,7 @@ impl Sampler {
         let task = sampling.run(interval, sample_offset(pid));
         let task =
             tokio::spawn(task.instrument(tracing::debug_span!(parent: None, "sampler", pid))).abort_handle();
-        Self { task, cell, news }
+        Self { task, latest, news }
     }
 
     /// Waits for the next news of the contact.
@@ -139,7 +139,7 @@ impl Sampler {
 impl Drop for Sampler {
     fn drop(&mut self) {
         self.task.abort();
-        self.cell.set(None);
+        self.latest.set(None);
     }
 }
 
@@ -158,7 +158,7 @@ struct SamplerTask {
     /// The VM, for the log.
     vm_id: VmId,
     vcpus: u32,
-    cell: MetricsCell,
+    latest: LatestMetrics,
     /// The time and the CPU time of the sample before.
     before: Option<(Instant, Duration)>,
     /// The counters that the sample before could not read, so that a lasting fault is logged once.
@@ -223,7 +223,7 @@ impl SamplerTask {
             ..Sample::default()
         });
         let now = Instant::now();
-        self.cell.set(metrics_of(&sample, self.before, now, self.vcpus));
+        self.latest.set(metrics_of(&sample, self.before, now, self.vcpus));
         self.before = sample.cpu_time.map(|cpu| (now, cpu));
         if sample.missing != self.missing {
             if sample.missing.is_empty() {

@@ -29,14 +29,14 @@ impl OperationCounter {
         let _ = self.0.subscribe().wait_for(|count| *count == 0).await;
     }
 
-    /// Waits for `first`, and then until no operation is in progress, at most until `deadline`.
+    /// Waits for `first`, and then until no operation is in progress, for at most `timeout`.
     /// Returns the number of operations that are left.
-    pub(crate) async fn drain(&self, first: impl Future<Output = ()>, deadline: Duration) -> usize {
+    pub(crate) async fn drain(&self, first: impl Future<Output = ()>, timeout: Duration) -> usize {
         let drained = async {
             first.await;
             self.idle().await;
         };
-        let _ = tokio::time::timeout(deadline, drained).await;
+        let _ = tokio::time::timeout(timeout, drained).await;
         *self.0.borrow()
     }
 }

@@ -10,7 +10,7 @@
 //!
 //! Two locks are held together: the lock of a name, and the lock of the places. CreateVm and an
 //! import both take the lock of the name first. Apart from commits, no action that may take long
-//! happens under the lock of the places. The look at a VM's files happens outside it.
+//! happens under the lock of the places. The check of a VM's files happens outside it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -213,7 +213,7 @@ async fn import(
     };
     let _no_place_is_given_out = shared.places.lock().await;
     if let Some(handle) = owner(shared, backend, &found) {
-        // A client has created a VM at this place during the look at the files.
+        // A client has created a VM at this place during the file check.
         handle.found(found);
         return Ok(());
     }

@@ -354,15 +354,15 @@ impl VmService {
     ///
     /// # Errors
     ///
-    /// Returns [`ServiceError::Deadline`] with the VM's state after `deadline`, and
+    /// Returns [`ServiceError::Deadline`] with the VM's state after `timeout`, and
     /// [`ServiceError::NotFound`] also if the VM is deleted meanwhile.
     pub async fn wait(
         &self,
         vm_id: &str,
         states: &[VmState],
-        deadline: Duration,
+        timeout: Duration,
     ) -> Result<Arc<VmRecord>, ServiceError> {
-        wait::wait(&self.shared.index, vm_id, states, deadline).await
+        wait::wait(&self.shared.index, vm_id, states, timeout).await
     }
 
     /// Returns the backends and their health.
@@ -375,10 +375,10 @@ impl VmService {
         self.shared.backends.status(self.shared.backends.default_name())
     }
 
-    /// Ends the spare VMMs, and waits until no operation is in progress, at most until `deadline`.
+    /// Ends the spare VMMs, and waits until no operation is in progress, for at most `timeout`.
     /// Returns the number of operations that are left.
-    pub async fn drain(&self, deadline: Duration) -> usize {
-        self.shared.under_way.drain(self.shared.spares.stop(&self.shared), deadline).await
+    pub async fn drain(&self, timeout: Duration) -> usize {
+        self.shared.under_way.drain(self.shared.spares.stop(&self.shared), timeout).await
     }
 
     async fn ask(

@@ -54,8 +54,8 @@ impl SparePool {
         None
     }
 
-    /// Promises a VMM that was taken to its VM. Returns the VMM whose reservation is broken, if too
-    /// many wait for their BootVm or the pool has been stopped.
+    /// Reserves a VMM that was taken for its VM. Returns the VMM whose reservation is cancelled, if
+    /// too many wait for their BootVm or the pool has been stopped.
     pub(crate) fn reserve(&mut self, backend: &BackendName, uid: VmUid) -> Option<VmUid> {
         if self.stopped {
             return Some(uid);
@@ -73,8 +73,8 @@ impl SparePool {
         }
     }
 
-    /// Returns true if the caller must fill the shelf of `backend`. Only one caller at a time gets
-    /// true.
+    /// Returns true if the caller must fill the pool with VMMs of `backend`. Only one caller at a
+    /// time gets true.
     pub(crate) fn begin_filling(&mut self, backend: &BackendName) -> bool {
         if self.stopped || self.wanted == 0 {
             return false;
@@ -102,8 +102,8 @@ impl SparePool {
         Ok(spares.filling)
     }
 
-    /// Notes that the caller that filled the shelf of `backend` has given up. `for_ever` is true if
-    /// this backend has no spare VMMs.
+    /// Notes that the caller that filled the pool with VMMs of `backend` has given up. `for_ever`
+    /// is true if this backend has no spare VMMs.
     pub(crate) fn end_filling(&mut self, backend: &BackendName, for_ever: bool) {
         if let Some(spares) = self.backends.get_mut(backend) {
             spares.filling = false;

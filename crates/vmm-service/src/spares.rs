@@ -138,7 +138,7 @@ pub(crate) fn refill(shared: &Arc<Shared>, backend: &Arc<dyn Backend>) {
     let name = &backend.capabilities().name;
     // A spare waits for a new VM, so a kind of which no new VMs are created needs none.
     // `begin_filling` returns true to one caller at a time, so that two starts at once do not fill
-    // the shelf twice.
+    // the pool twice.
     if !shared.backends.is_current(backend) || !shared.spares.pool().begin_filling(name) {
         return;
     }
@@ -256,7 +256,7 @@ async fn remove(dir: PathBuf) {
     }
 }
 
-/// Ends the spare VMMs that a dead daemon has left. A VMM whose folder has this installation's mark
+/// Ends the spare VMMs that a dead daemon has left. A VMM whose folder has this instance's mark
 /// has received no data. If a VM on record had been reserved the VMM, its folder stays.
 pub(crate) async fn clear(shared: &Shared, on_record: HashSet<VmUid>) {
     let (runtime_dir, instance) = (shared.settings.runtime_dir.clone(), shared.instance);
@@ -299,7 +299,7 @@ async fn unmark(dir: PathBuf, mark: SpareMark) {
     let _ = tokio::task::spawn_blocking(move || mark.take_off(&dir)).await;
 }
 
-/// Returns the folders with this installation's mark. Removes empty folders that belong to no VM,
+/// Returns the folders with this instance's mark. Removes empty folders that belong to no VM,
 /// because they were left by an interrupted start of a spare.
 fn left_behind(
     runtime_dir: &Path,

@@ -23,11 +23,11 @@ use vmm_host::process::{Lookup, adopt, can_search, search_by_argument};
 use crate::panics::report_panic;
 use crate::shared::Shared;
 
-/// The wait before the first look at a process that was left.
+/// The wait before the first search for a process that was left.
 const FIRST_CHECK_DELAY: Duration = Duration::from_secs(1);
-/// The longest wait between two looks.
+/// The longest wait between two searches.
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
-/// The time that one look, or one further kill, may take.
+/// The time that one search, or one further kill, may take.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Holds the claims that the process of a deleted VM may use until that process has provably gone.
@@ -80,8 +80,8 @@ async fn remove(shared: &Shared, tombstone: &Tombstone) -> bool {
 /// Returns true if the process of a deleted VM has provably gone. A process that this program
 /// started is killed again.
 ///
-/// If the VMM was external, another VM may be at its place by now, which must not be touched. Such a
-/// process is therefore never killed.
+/// If the VMM was external, another VM may be at its place by now, which must not be touched. Such
+/// a process is therefore never killed.
 async fn is_gone(shared: &Shared, vm: &VmRecord) -> bool {
     let scope = vm.intent.as_ref().and_then(|intent| intent.scope.as_ref());
     if vm.run.is_none() && can_search(scope).is_err() {
@@ -90,13 +90,13 @@ async fn is_gone(shared: &Shared, vm: &VmRecord) -> bool {
     }
     let known = shared.backends.of_kind(vm.backend.as_str(), &vm.kind).ok();
     match (&vm.run, known) {
-        // The first two branches cover external VMMs. The next asks the backend, which can also find
-        // a process that the record does not name. The last two serve VMs whose backend this daemon
-        // does not have.
+        // The first two branches cover external VMMs. The next asks the backend, which can also
+        // find a process that the record does not name. The last two serve VMs whose backend this
+        // daemon does not have.
         (Some(run), _) if vm.kind != VmKind::Managed => matches!(adopt(&run.process), Lookup::Gone),
         (None, Some(backend)) if vm.kind != VmKind::Managed => {
             // Without a run, the place alone shows whether something of the VM runs. A VM on record
-            // has the watch of its place, which a look would take away.
+            // has the monitor of its place, which another adoption would replace.
             let taken = shared.index.at_place(&vm.backend, &vm.kind).is_some();
             !taken && matches!(adopted(shared, &*backend, vm).await, Some(Adoption::Gone { .. }))
         }

@@ -2,7 +2,7 @@
 //! runs these checks alone.
 //!
 //! ```text
-//!   count ──► resolve ──► parse ──► the backend's check ──► look at the host's files
+//!   count ──► resolve ──► parse ──► the backend's check ──► check of the host's files
 //!     │        defaults     │         only what parses            whatever files were named
 //!     └ refuses what is     └───────────────── one report ─────────────────┘
 //!       too much to check
@@ -43,8 +43,8 @@ pub(crate) struct CheckedRequest {
 /// # Errors
 ///
 /// Returns [`ServiceError::Unavailable`] if the host's files do not answer, and
-/// [`ServiceError::Exhausted`] if a limit of the host prevents the look, in both cases only if
-/// there is no other violation.
+/// [`ServiceError::Exhausted`] if a limit of the host prevents the file check, in both cases only
+/// if there is no other violation.
 pub(crate) async fn check_config(
     shared: &Shared,
     uid: VmUid,
@@ -103,7 +103,7 @@ fn name_default_boot(report: &mut CheckReport, sent: &VmConfig, config: &VmConfi
     }
 }
 
-/// Returns every finding on `spec` that needs no look at files: those of the backend, and the
+/// Returns every finding on `spec` that needs no file check: those of the backend, and the
 /// warnings about the host and about other VMs. CreateVm, its repetition and ValidateVm therefore
 /// give the same warnings.
 pub(crate) fn check_spec(
@@ -231,11 +231,11 @@ fn fill_ids<'a>(ids: impl Iterator<Item = &'a mut String>, prefix: &str) {
     // A number that is taken for one device is taken for all that follow, so the numbers are walked
     // once.
     let mut next = 0;
-    for (place, id) in ids.into_iter().enumerate() {
+    for (index, id) in ids.into_iter().enumerate() {
         if !id.is_empty() {
             continue;
         }
-        next = next.max(place);
+        next = next.max(index);
         while !taken.insert(format!("{prefix}{next}")) {
             next += 1;
         }

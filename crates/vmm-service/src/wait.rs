@@ -10,13 +10,13 @@ use vmm_core::store::VmRecord;
 use crate::error::ServiceError;
 use crate::index::{Index, WaitAnswer};
 
-/// Waits until the VM that bears `vm_id` now is in one of `states`, at most for `deadline`. A later
+/// Waits until the VM that bears `vm_id` now is in one of `states`, at most for `timeout`. A later
 /// VM of the same name is another VM.
 pub(crate) async fn wait(
     index: &Index,
     vm_id: &str,
     states: &[VmState],
-    deadline: Duration,
+    timeout: Duration,
 ) -> Result<Arc<VmRecord>, ServiceError> {
     if states.is_empty() {
         return Err(ServiceError::invalid("states", "must name at least one state to wait for"));
@@ -28,7 +28,7 @@ pub(crate) async fn wait(
         WaitAnswer::Over(record) => return Ok(record),
         WaitAnswer::Begun(uid, waiter) => (uid, waiter),
     };
-    match tokio::time::timeout(deadline, waiter.wait_for(Option::is_some)).await {
+    match tokio::time::timeout(timeout, waiter.wait_for(Option::is_some)).await {
         Ok(Ok(told)) => return told.clone().ok_or_else(unknown),
         Ok(Err(_)) => return Err(unknown()),
         Err(_) => {}
@@ -41,6 +41,6 @@ pub(crate) async fn wait(
         record.state.name(),
         record.status.phase.as_str(),
         wanted.join(" or "),
-        deadline.as_secs_f32(),
+        timeout.as_secs_f32(),
     )))
 }

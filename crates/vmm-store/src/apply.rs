@@ -24,8 +24,8 @@ impl From<rusqlite::Error> for ApplyError {
     }
 }
 
-/// Applies `commit` and returns the place of its event. On an error the commit may be half applied,
-/// and the caller undoes it by its savepoint.
+/// Applies `commit` and returns the position of its event. On an error the commit may be half
+/// applied, and the caller undoes it by its savepoint.
 pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<EventSeq>, ApplyError> {
     match &commit.change {
         EncodedChange::Insert(record) => insert(conn, record)?,
@@ -53,8 +53,8 @@ pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<
     }
     // The event follows the change of the record, so a refused change leaves no event in the log.
     let seq = commit.event.as_ref().map(|event| append(conn, event)).transpose()?;
-    // The labels are noted under the place of the event, because they are in force from that event
-    // on.
+    // The labels are noted under the position of the event, because they are in force from that
+    // event on.
     if let (Some(labels), Some(seq)) = (&commit.labels, seq) {
         labels::note(conn, labels, seq)?;
     }
@@ -163,7 +163,7 @@ fn conflict(message: String) -> ApplyError {
 /// A fact in the database that distinguishes an applied commit from one that was rolled back.
 #[derive(Debug)]
 pub(crate) enum CommitProof {
-    /// The event at this place is in the log.
+    /// The event at this position is in the log.
     Event(EventSeq),
     /// The VM is recorded with this generation.
     Generation(String, i64),
@@ -172,7 +172,7 @@ pub(crate) enum CommitProof {
 }
 
 impl CommitProof {
-    /// Returns the proof of `commit`, whose event got the place `seq`.
+    /// Returns the proof of `commit`, whose event got the position `seq`.
     pub(crate) fn of(commit: &EncodedCommit, seq: Option<EventSeq>) -> Self {
         match (&commit.change, seq) {
             // The event proves the change of the record too, because both are in one transaction.
@@ -190,8 +190,8 @@ impl CommitProof {
     }
 
     /// Returns true if the commit was applied. Only the writer may ask, and only before it writes
-    /// again, because a later commit can reuse the place and the generation of one that was rolled
-    /// back.
+    /// again, because a later commit can reuse the position and the generation of one that was
+    /// rolled back.
     pub(crate) fn holds(&self, conn: &Connection) -> rusqlite::Result<bool> {
         match self {
             Self::Event(seq) => {

@@ -33,8 +33,8 @@ use crate::open::{self, CheckDepth, DATABASE_FILE, connect, connect_to_read, io_
 use crate::reader;
 use crate::schema::{self, MIGRATIONS};
 
-/// The number of places that a restore skips in the event log if nothing shows how many places were
-/// given since the backup.
+/// The number of positions that a restore skips in the event log if nothing shows how many
+/// positions were given since the backup.
 const UNKNOWN_EVENTS: u64 = 1 << 32;
 
 /// The content of a copy.
@@ -131,8 +131,8 @@ pub fn backup(state_dir: &Path, target: &Path) -> Result<CopySummary, StoreError
     Ok(CopySummary { instance, vms, bytes })
 }
 
-/// Replaces the database in `state_dir`, which exists, by the backup `file`. No daemon may use the directory. The
-/// replaced database stays beside the new one under a name with the date.
+/// Replaces the database in `state_dir`, which exists, by the backup `file`. No daemon may use the
+/// directory. The replaced database stays beside the new one under a name with the date.
 ///
 /// # Errors
 ///
@@ -313,8 +313,8 @@ fn refuse_unreadable(snapshot: &Snapshot, file: &Path) -> Result<(), StoreError>
     Err(unfit(file, corrupt(file, finding)))
 }
 
-/// Moves the end of the event log past every place that was given since the backup, because a token
-/// of the event log stands for one event for ever.
+/// Moves the end of the event log past every position that was given since the backup, because a
+/// token of the event log stands for one event for ever.
 fn skip_places(
     conn: &Connection,
     path: &Path,

@@ -40,7 +40,7 @@ pub(crate) struct Checkpointer {
 /// Returns the writer's side and the checkpointer's side.
 pub(crate) fn channel() -> (LogPressure, Checkpointer) {
     let pages = Arc::new(AtomicU32::new(0));
-    // One place is enough, because the message is the same each time.
+    // One field is enough, because the message is the same each time.
     let (waker, wake) = sync_channel(1);
     (LogPressure { pages: Arc::clone(&pages), wake: waker }, Checkpointer { pages, wake })
 }

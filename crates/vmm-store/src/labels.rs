@@ -64,13 +64,13 @@ pub(crate) fn expire(conn: &Connection) -> rusqlite::Result<()> {
         None => next_place(conn)?,
     };
     conn.prepare_cached(
-        // A key is `labels:`, a uid of 36 characters, a colon, and a place from character 45 on. A
-        // row goes if its place is not after the oldest event and either it ends the labels of a
-        // VM, or a later row of the same VM is in force from the oldest event or before.
+        // A key is `labels:`, a uid of 36 characters, a colon, and a position from character 45 on.
+        // A row goes if its position is not after the oldest event and either it ends the labels of
+        // a VM, or a later row of the same VM is in force from the oldest event or before.
         "DELETE FROM meta WHERE key > 'labels:' AND key < 'labels;' AND substr(key, 45) <= ?1 AND (value = '{}' OR EXISTS \
          (SELECT 1 FROM meta AS later WHERE later.key > meta.key AND later.key <= substr(meta.key, 1, 44) || ?1))",
     )?
-    .execute([place(oldest)])
+    .execute([position(oldest)])
     .map(drop)
 }
 
@@ -78,7 +78,7 @@ fn at(conn: &Connection, uid: VmUid, seq: EventSeq) -> rusqlite::Result<BTreeMap
     let uid = uid.to_string();
     let json: Option<String> = conn
         .prepare_cached("SELECT value FROM meta WHERE key > ?1 AND key <= ?2 ORDER BY key DESC LIMIT 1")?
-        .query_row([key(&uid, ""), key(&uid, &place(seq.0))], |row| row.get(0))
+        .query_row([key(&uid, ""), key(&uid, &position(seq.0))], |row| row.get(0))
         .optional()?;
     // Unreadable labels count as none, because they are a description and must not hide the event.
     Ok(json.and_then(|json| serde_json::from_str(&json).ok()).unwrap_or_default())
@@ -90,7 +90,7 @@ fn last(conn: &Connection, uid: &str) -> rusqlite::Result<Option<String>> {
         .optional()
 }
 
-/// Returns the place of the next event.
+/// Returns the position of the next event.
 fn next_place(conn: &Connection) -> rusqlite::Result<u64> {
     let last: Option<i64> = conn
         .prepare_cached("SELECT seq FROM sqlite_sequence WHERE name = 'events'")?
@@ -101,15 +101,15 @@ fn next_place(conn: &Connection) -> rusqlite::Result<u64> {
 
 fn put(conn: &Connection, uid: &str, seq: u64, json: &str) -> rusqlite::Result<()> {
     conn.prepare_cached("INSERT OR REPLACE INTO meta (key, value) VALUES (?1, ?2)")?
-        .execute([key(uid, &place(seq)).as_str(), json])
+        .execute([key(uid, &position(seq)).as_str(), json])
         .map(drop)
 }
 
-fn key(uid: &str, place: &str) -> String {
-    format!("labels:{uid}:{place}")
+fn key(uid: &str, position: &str) -> String {
+    format!("labels:{uid}:{position}")
 }
 
-/// Returns a place as text of fixed length, so that texts sort like places.
-fn place(seq: u64) -> String {
+/// Returns a position as text of fixed length, so that texts sort like positions.
+fn position(seq: u64) -> String {
     format!("{seq:020}")
 }

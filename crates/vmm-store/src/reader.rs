@@ -131,7 +131,7 @@ pub(crate) fn load(
             }
         }
     }
-    // SQLite keeps the last place here even when all events have expired.
+    // SQLite keeps the last position here even when all events have expired.
     let last: Option<i64> = transaction
         .query_row("SELECT seq FROM sqlite_sequence WHERE name = 'events'", [], |row| row.get(0))
         .optional()

@@ -2,8 +2,8 @@
 //! value of a newer release.
 //!
 //! An unreadable row concerns one VM or one event. The service lists the VM as not adopted, with
-//! its name, its disks and its process, so that a forced call can end it. The event keeps its place
-//! in the log, because a watch relies on places without gaps.
+//! its name, its disks and its process, so that a forced call can end it. The event keeps its
+//! position in the log, because a watch relies on positions without gaps.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};

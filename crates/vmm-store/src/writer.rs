@@ -383,8 +383,8 @@ impl Writer {
     }
 }
 
-/// Returns the place of the last event that one step may remove, and the bytes of all events up to
-/// that place. The place is 0 if no event may be removed.
+/// Returns the position of the last event that one step may remove, and the bytes of all events up
+/// to that position. The position is 0 if no event may be removed.
 fn oldest_to_go(conn: &Connection, until: ExpiryExtent, excess: u64) -> rusqlite::Result<(i64, u64)> {
     let mut oldest =
         conn.prepare_cached("SELECT seq, time_ms, octet_length(event) FROM events ORDER BY seq LIMIT ?1")?;

@@ -186,8 +186,8 @@ fn a_restored_backup_replaces_the_database_and_keeps_a_copy() {
     assert_eq!(names(&again), ["a", "b"], "what was replaced is whole");
 
     let store = open(&state);
-    let place = block_on(store.commit(insert(&record("c")))).unwrap().unwrap();
-    assert!(place > last, "no place of the event log is given twice: {place:?} after {last:?}");
+    let position = block_on(store.commit(insert(&record("c")))).unwrap().unwrap();
+    assert!(position > last, "no position of the event log is given twice: {position:?} after {last:?}");
 }
 
 #[test]
@@ -234,8 +234,8 @@ fn a_backup_replaces_a_damaged_or_missing_database() {
     fs::remove_file(state.join(DATABASE_FILE)).unwrap();
     assert_eq!(restore(&file, &state, &mut as_it_is).unwrap().replaced, None);
     let store = open(&state);
-    let place = block_on(store.commit(insert(&record("c")))).unwrap().unwrap();
-    assert!(place > last);
+    let position = block_on(store.commit(insert(&record("c")))).unwrap().unwrap();
+    assert!(position > last);
 }
 
 #[test]

@@ -297,6 +297,24 @@ fn a_record_of_an_older_release_is_read_and_needs_no_process_namespace() {
 }
 
 #[test]
+fn the_unrepresented_settings_of_earlier_releases_are_read_and_kept_under_their_stored_name() {
+    let (dir, path, vms, _) = filled();
+    tamper(
+        &path,
+        r#"UPDATE vms SET record = json_set(record, '$.untold', json('["a vsock device"]')) WHERE vm_id = 'vm-3'"#,
+    );
+    let (snapshot, _) = read_all(dir.path()).unwrap();
+    let record = snapshot.vms.iter().find(|vm| vm.uid == vms[3].uid).unwrap().clone();
+    assert_eq!(record.unrepresented, ["a vsock device"]);
+    commit(dir.path(), update(&next(&record)));
+    assert_eq!(json(&stored(&path, "vm-3").0)["untold"], serde_json::json!(["a vsock device"]));
+    // A record that is unreadable otherwise keeps the settings too.
+    tamper(&path, "UPDATE vms SET record = json_set(record, '$.backend', 7) WHERE vm_id = 'vm-3'");
+    let (snapshot, _) = read_all(dir.path()).unwrap();
+    assert_eq!(snapshot.unreadable[0].record.unrepresented, ["a vsock device"]);
+}
+
+#[test]
 fn an_unreadable_record_is_named_and_hides_no_other() {
     let damage = [
         "UPDATE vms SET record = replace(record, '\"state\":\"created\"', '\"state\":\"hibernated\"')",

@@ -88,8 +88,8 @@ fn a_killed_process_loses_no_acknowledged_commit() {
             assert!(ahead.is_some_and(|n| n <= 1), "{name}: told {generation}, stored {stored}");
             *generation = stored;
         }
-        let places: Vec<u64> = log.iter().map(|event| event.seq.0).collect();
-        assert_eq!(places, (1..=snapshot.last_event.0).collect::<Vec<_>>(), "round {round}: no gap");
+        let positions: Vec<u64> = log.iter().map(|event| event.seq.0).collect();
+        assert_eq!(positions, (1..=snapshot.last_event.0).collect::<Vec<_>>(), "round {round}: no gap");
         for (seq, name) in &acknowledged {
             assert_eq!(log[*seq as usize - 1].event.vm_id.as_str(), name, "round {round}: event {seq}");
         }
@@ -143,7 +143,7 @@ fn child_fills_the_disk() {
 
         std::fs::remove_file(dir.join("ballast")).unwrap();
         let seq = store.commit(insert(&refused)).await.unwrap();
-        assert_eq!(seq, Some(EventSeq(vms.len() as u64 + 1)), "a refused commit took no place");
+        assert_eq!(seq, Some(EventSeq(vms.len() as u64 + 1)), "a refused commit took no position");
         store.close().await.unwrap();
         assert_eq!(open(&dir).load().await.unwrap().vms, [vms, vec![refused]].concat());
     });
@@ -265,7 +265,7 @@ fn child_writes_to_a_failing_disk() {
         }
         assert_eq!(effects, [Effect::Unknown, Effect::NotApplied, Effect::NotApplied]);
         let last = store.load().await.unwrap().last_event;
-        assert_eq!(last, EventSeq(4), "a failed commit took no place");
+        assert_eq!(last, EventSeq(4), "a failed commit took no position");
         store.close().await.unwrap();
         assert_eq!(open(&dir).load().await.unwrap().vms, [vm]);
     });

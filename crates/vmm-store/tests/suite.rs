@@ -16,12 +16,12 @@ use vmm_core::event::EventSeq;
 use vmm_core::kind::VmKind;
 use vmm_core::store::{EventQuery, Store, StoreErrorKind};
 use vmm_store::{DATABASE_FILE, MAX_EVENTS, SqliteStore};
-use vmm_testkit::store_suite::{StorePlace, all_events, insert, next, record, remove, update};
+use vmm_testkit::store_suite::{StoreFixture, all_events, insert, next, record, remove, update};
 
 /// A state directory that is deleted with the test.
 struct StateDir(TempDir);
 
-impl StorePlace for StateDir {
+impl StoreFixture for StateDir {
     async fn open(&self) -> Arc<dyn Store> {
         Arc::new(open(self.0.path()))
     }

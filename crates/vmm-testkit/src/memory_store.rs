@@ -1,4 +1,4 @@
-//! A [`Store`] in memory that keeps every promise except durability, and fails on demand.
+//! A [`Store`] in memory that keeps every guarantee except durability, and fails on demand.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};

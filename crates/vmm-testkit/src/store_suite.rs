@@ -1,8 +1,8 @@
 //! The suite that every [`Store`] must pass.
 //!
-//! A case gets a [`StorePlace`], which keeps the data of a store so that the store can be opened
+//! A case gets a [`StoreFixture`], which keeps the data of a store so that the store can be opened
 //! again. Put `vmm_testkit::store_suite!(make_place);` into a test file, where `make_place` is a
-//! function that makes an empty place. Each case becomes a test there (which needs `tokio` with
+//! function that makes an empty fixture. Each case becomes a test there (which needs `tokio` with
 //! `macros` and `rt-multi-thread`).
 
 mod events;
@@ -18,13 +18,13 @@ pub use events::*;
 pub use records::*;
 pub use samples::{all_events, event, insert, next, record, remove, update};
 
-/// A place that keeps the data of a store.
-pub trait StorePlace: Send + Sync {
-    /// Opens the store of this place, with the data that the previous one left.
+/// The data of a store, which outlives the store object.
+pub trait StoreFixture: Send + Sync {
+    /// Opens the store of this fixture, with the data that the previous one left.
     fn open(&self) -> impl Future<Output = Arc<dyn Store>> + Send;
 }
 
-/// Makes a test of each case of the suite, each with a place made by the function `$make`.
+/// Makes a test of each case of the suite, each with a fixture made by the function `$make`.
 #[macro_export]
 macro_rules! store_suite {
     ($make:path) => {

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use vmm_core::store::Store;
 use vmm_testkit::memory_store::MemoryStore;
-use vmm_testkit::store_suite::StorePlace;
+use vmm_testkit::store_suite::StoreFixture;
 
 struct Memory(Arc<MemoryStore>);
 
-impl StorePlace for Memory {
+impl StoreFixture for Memory {
     async fn open(&self) -> Arc<dyn Store> {
         Arc::clone(&self.0) as Arc<dyn Store>
     }

@@ -12,7 +12,7 @@ use crate::failure::Failure;
 pub(crate) struct Server(Uri);
 
 impl Server {
-    /// Reads a URL; `source` names the place that it comes from, for the error.
+    /// Reads a URL; `source` names the origin of the URL, for the error.
     ///
     /// # Errors
     ///

@@ -41,17 +41,17 @@ pub(super) fn parse(path: &str, text: &str) -> Result<pb::CreateVmRequest, Failu
 }
 
 fn refusal(file: &str, field: &str, error: &Error) -> Failure {
-    let place = error.location().map(|at| format!("line {}, column {}: ", at.line(), at.column()));
-    let place = place.unwrap_or_default();
+    let location = error.location().map(|at| format!("line {}, column {}: ", at.line(), at.column()));
+    let location = location.unwrap_or_default();
     match error.without_snippet() {
         Error::SerdeUnknownField { field: unknown, expected, .. } => {
             let path = if field.ends_with(unknown.as_str()) { field } else { unknown };
-            Failure::input(format!("{file}: {place}{path}: no such field")).with_remedy(known(expected))
+            Failure::input(format!("{file}: {location}{path}: no such field")).with_remedy(known(expected))
         }
         other => {
             let fault = enum_fault(field, other).unwrap_or_else(|| message(other));
             let path = if field.is_empty() || field == "." { String::new() } else { format!("{field}: ") };
-            Failure::input(format!("{file}: {place}{path}{fault}"))
+            Failure::input(format!("{file}: {location}{path}{fault}"))
         }
     }
 }
@@ -68,11 +68,11 @@ fn enum_fault(field: &str, error: &Error) -> Option<String> {
     Some(format!("must be one of {}, not {given}", names.join(", ")))
 }
 
-/// Returns the message of an error without its place, which stands before it already.
+/// Returns the message of an error without its location, which stands before it already.
 fn message(error: &Error) -> String {
     let text = error.render_with_formatter(&serde_saphyr::UserMessageFormatter);
-    let place = error.location().map(|at| format!(" at line {}, column {}", at.line(), at.column()));
-    match place.and_then(|place| text.strip_suffix(&place).map(str::to_owned)) {
+    let location = error.location().map(|at| format!(" at line {}, column {}", at.line(), at.column()));
+    match location.and_then(|location| text.strip_suffix(&location).map(str::to_owned)) {
         Some(bare) => bare,
         None => text,
     }

@@ -85,7 +85,7 @@ impl<H: AttachedHypervisor> AttachedBackend<H> {
         socket: &Arc<AttachedSocket>,
         request: &LaunchRequest,
     ) -> Result<LaunchedVmm, BackendError> {
-        // The turn is held for the whole start. A look in between would find a VM that no record
+        // The turn is held for the whole start. A scan in between would find a VM that no record
         // names yet, and would import it.
         let mut memory = socket.turn.lock().await;
         let met = self.identify(socket).await.map_err(|error| self.unavailable(socket, &error))?;
@@ -93,8 +93,8 @@ impl<H: AttachedHypervisor> AttachedBackend<H> {
         // For a VM that another program created, the VMM itself reports the file of its console.
         let anew = make || self.kind.names_console_at_start() || !console::has_begun(&request.dir);
         let console = if make || !request.imported { begin_console(request, anew).await? } else { None };
-        // The start is recorded before the first change to the VMM, because the sweep after a failed or dropped
-        // start finds its work by this record.
+        // The start is recorded before the first change to the VMM, because the sweep after a
+        // failed or dropped start finds its work by this record.
         memory.started = Some((request.uid, met.process.identity().clone()));
         point(FaultPoint::LaunchConnected);
         self.kind.start(&met, request, console.as_deref(), make).await?;

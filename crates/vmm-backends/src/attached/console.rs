@@ -361,7 +361,7 @@ mod unit_tests {
         std::fs::write(&boot, "same length\n").unwrap();
         copier.catch_up().unwrap();
         // Cloud Hypervisor does this at a reset: it empties the file, which has the same length
-        // again at the next look.
+        // again in the next round.
         std::fs::write(&boot, "same length\n").unwrap();
         copier.catch_up().unwrap();
         std::fs::write(&boot, "x").unwrap();

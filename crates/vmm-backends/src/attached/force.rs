@@ -58,8 +58,8 @@ pub(super) async fn kill(
 ) -> Result<EndedBy, BackendError> {
     // A process that is exiting has closed its socket and hides its executable, so the proof fails
     // although nothing is wrong. It gets a moment to end before the error counts.
-    if let Err(IdentityProofError { error, leaving }) = prove(process, socket, program).await {
-        return process.wait_for(leaving).await.map(|_| EndedBy::Sigkill).ok_or(error);
+    if let Err(IdentityProofError { error, exit_timeout }) = prove(process, socket, program).await {
+        return process.wait_for(exit_timeout).await.map(|_| EndedBy::Sigkill).ok_or(error);
     }
     let rungs =
         [(Signal::TERM, END_TIMEOUT, EndedBy::Sigterm), (Signal::KILL, KILL_TIMEOUT, EndedBy::Sigkill)];
@@ -86,20 +86,20 @@ struct IdentityProofError {
     error: BackendError,
     /// The time to wait for the end of the process in case it is exiting, because an exiting
     /// process shows neither its executable nor its socket.
-    leaving: Duration,
+    exit_timeout: Duration,
 }
 
 /// Proves that `process`, which a pidfd holds, listens on `socket` and runs an executable whose
 /// name begins with `program`.
 async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), IdentityProofError> {
-    let unproven_for = |leaving: Duration, why: String| {
+    let unproven_for = |exit_timeout: Duration, why: String| {
         let message = format!(
             "process {} was not killed: {why}; it was started by another program, so it is ended only where it is proven to be \
              the VM's VMM. End it by hand",
             process.pid()
         );
         let error = BackendError::new(BackendErrorKind::Host, Effect::NotApplied, message);
-        IdentityProofError { error, leaving }
+        IdentityProofError { error, exit_timeout }
     };
     let unproven = |why: String| unproven_for(Duration::ZERO, why);
     if process.pid() <= 1 {
@@ -107,8 +107,8 @@ async fn prove(process: &Process, socket: &Path, program: &str) -> Result<(), Id
     }
     let runs = executable(process).await.map_err(|error| {
         let is_leaving = error.kind() == std::io::ErrorKind::NotFound;
-        let leaving = if is_leaving { KILL_TIMEOUT } else { Duration::ZERO };
-        unproven_for(leaving, format!("its program cannot be read ({error})"))
+        let exit_timeout = if is_leaving { KILL_TIMEOUT } else { Duration::ZERO };
+        unproven_for(exit_timeout, format!("its program cannot be read ({error})"))
     })?;
     if !runs.starts_with(program) {
         return Err(unproven(format!("it runs {runs}, not {program}")));

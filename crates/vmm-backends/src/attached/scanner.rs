@@ -25,17 +25,17 @@ use super::{AttachedHypervisor, AttachedVmmParts, GuestPhase, IdentifiedVmm, vm_
 
 /// The most findings that wait for the receiver.
 const QUEUE: usize = 64;
-/// The interval of looks after a sign of change, because the VMM may not listen yet.
+/// The interval of scans after a sign of change, because the VMM may not listen yet.
 const EAGER_SCAN_INTERVAL: Duration = Duration::from_millis(100);
-/// The time for which these looks go on.
+/// The time for which these scans go on.
 const EAGER_SCAN_LIMIT: Duration = Duration::from_secs(2);
-/// The least time between a look that has met a VMM and the next look that a change of the socket's
+/// The least time between a scan that has met a VMM and the next scan that a change of the socket's
 /// file causes, because a local user may change that file as often as desired.
 const MIN_SCAN_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time in which a VMM must report its version and its VM. Shorter than the time limit
 /// of an adoption.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
-/// The longest time of the first look at the start of the daemon, for all sockets in parallel.
+/// The longest time of the first scan at the start of the daemon, for all sockets in parallel.
 const FIRST_SCAN_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// Examines every socket once and returns the VMs that were found. Starts a task per socket that
@@ -47,11 +47,11 @@ pub(super) async fn begin<H: AttachedHypervisor>(
 ) -> Discovery {
     let (sender, later) = mpsc::channel(QUEUE);
     // The sockets are examined in parallel, because one VMM that does not answer must not delay the
-    // others or the start of the daemon. A look that times out is repeated by the task of its
+    // others or the start of the daemon. A scan that times out is repeated by the task of its
     // socket.
     let first = sockets.iter().map(async |socket| {
         let looked = tokio::time::timeout(FIRST_SCAN_TIMEOUT, examine(&**kind, socket)).await;
-        looked.ok().and_then(|look| look.found)
+        looked.ok().and_then(|scan| scan.found)
     });
     let present = futures::future::join_all(first).await.into_iter().flatten().collect();
     for socket in sockets {
@@ -80,8 +80,8 @@ impl<H: AttachedHypervisor> SocketScanner<H> {
         let mut eager_until = Instant::now();
         let mut met_last = Instant::now();
         loop {
-            // Three signs cause a look: the interval, a handle that was dropped, and a change in
-            // the socket's folder. The last two often come before the new VMM listens, so the looks
+            // Three signs cause a scan: the interval, a handle that was dropped, and a change in
+            // the socket's folder. The last two often come before the new VMM listens, so the scans
             // repeat at a short interval for 2 s, or until a VMM was met.
             let pause = if Instant::now() < eager_until { EAGER_SCAN_INTERVAL } else { self.interval };
             let not_before = met_last + MIN_SCAN_INTERVAL;
@@ -102,23 +102,23 @@ impl<H: AttachedHypervisor> SocketScanner<H> {
             }
             // The folder of the socket may have been created after the daemon started.
             watch = watch.or_else(|| self.watch());
-            let look = examine(&*self.kind, &self.socket).await;
-            if look.settled {
+            let scan = examine(&*self.kind, &self.socket).await;
+            if scan.settled {
                 eager_until = Instant::now();
                 met_last = eager_until;
             }
-            if !self.report(look).await {
+            if !self.report(scan).await {
                 return;
             }
         }
     }
 
-    /// Sends the findings of a look. Returns false if the receiver has been dropped.
-    async fn report(&self, look: ScanResult) -> bool {
-        if look.is_news && self.findings.send(DiscoveryEvent::Health).await.is_err() {
+    /// Sends the findings of a scan. Returns false if the receiver has been dropped.
+    async fn report(&self, scan: ScanResult) -> bool {
+        if scan.is_news && self.findings.send(DiscoveryEvent::Health).await.is_err() {
             return false;
         }
-        match look.found {
+        match scan.found {
             Some(found) => self.findings.send(DiscoveryEvent::Found(Box::new(found))).await.is_ok(),
             None => true,
         }
@@ -137,7 +137,7 @@ async fn wait_for_socket(watch: Option<&DirWatch>) -> std::io::Result<()> {
     }
 }
 
-/// The result of one look at a socket.
+/// The result of one scan of a socket.
 #[derive(Default)]
 struct ScanResult {
     found: Option<DiscoveredVm>,

@@ -19,7 +19,7 @@ pub(super) struct AttachedSocket {
     pub(super) path: PathBuf,
     /// The socket's path as text, which is the place of the VM behind it.
     pub(super) place: String,
-    /// The right to speak to the VMM. A look must not take a start that is in progress for a VM of
+    /// The right to speak to the VMM. A scan must not take a start that is in progress for a VM of
     /// another client.
     pub(super) turn: tokio::sync::Mutex<ScanMemory>,
     holder: Mutex<Weak<()>>,
@@ -55,7 +55,7 @@ pub(crate) struct SocketLease {
 }
 
 impl SocketLease {
-    /// Records that the VMM's process has ended, so that the health is right before the next look.
+    /// Records that the VMM's process has ended, so that the health is right before the next scan.
     pub(crate) fn ended(&self) {
         let text = format!("no VMM listens on {} any more: its process has ended", self.socket.endpoint());
         self.socket.set_health(SocketHealth::Fails(text));
@@ -114,7 +114,7 @@ impl AttachedSocket {
         self.left.notified().await;
     }
 
-    /// Records the result of a look, and returns true if it differs from the last one.
+    /// Records the result of a scan, and returns true if it differs from the last one.
     pub(super) fn set_health(&self, view: SocketHealth) -> bool {
         let mut known = self.view.lock().unwrap_or_else(PoisonError::into_inner);
         let is_news = known.as_ref() != Some(&view);
@@ -122,7 +122,7 @@ impl AttachedSocket {
         is_news
     }
 
-    /// Returns the last result, or `None` before the first look.
+    /// Returns the last result, or `None` before the first scan.
     pub(super) fn health(&self) -> Option<SocketHealth> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -119,12 +119,12 @@ impl CloudHypervisorConfig {
                 initramfs: initrd.as_deref().map(text),
                 cmdline: spec.kernel_args(),
             },
-            disks: disks.iter().enumerate().map(|(place, disk)| drive(place, disk)).collect(),
+            disks: disks.iter().enumerate().map(|(index, disk)| drive(index, disk)).collect(),
             net: nics
                 .iter()
                 .zip(taps)
                 .enumerate()
-                .map(|(place, (nic, tap))| interface(place, nic, tap))
+                .map(|(index, (nic, tap))| interface(index, nic, tap))
                 .collect(),
             serial: PortConfig { mode: serial, file: None },
             console: PortConfig { mode: "Off", file: None },
@@ -187,7 +187,7 @@ fn backed(memory: &Memory) -> MemoryConfig {
     }
 }
 
-fn drive(place: usize, disk: &Disk) -> DiskConfig {
+fn drive(index: usize, disk: &Disk) -> DiskConfig {
     // An unsafe cache has no effect here; the check warns about it.
     let Disk {
         index: _,
@@ -202,7 +202,7 @@ fn drive(place: usize, disk: &Disk) -> DiskConfig {
         limits,
     } = disk;
     DiskConfig {
-        id: format!("disk{place}"),
+        id: format!("disk{index}"),
         serial: id.chars().take(SERIAL_LEN).collect(),
         path: text(path),
         readonly: *read_only,
@@ -216,10 +216,10 @@ fn drive(place: usize, disk: &Disk) -> DiskConfig {
     }
 }
 
-fn interface(place: usize, nic: &Nic, tap: &str) -> NetConfig {
+fn interface(index: usize, nic: &Nic, tap: &str) -> NetConfig {
     let Nic { id: _, mac, tap: _, limits } = nic;
     NetConfig {
-        id: format!("net{place}"),
+        id: format!("net{index}"),
         tap: tap.to_owned(),
         mac: mac.to_string(),
         rate_limiter_config: RateLimiter::of(*limits),

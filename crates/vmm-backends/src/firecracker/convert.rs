@@ -117,12 +117,12 @@ impl FirecrackerConfig {
                 initrd_path: initrd.as_deref().map(text),
                 boot_args: kernel_args(spec),
             },
-            drives: disks.iter().enumerate().map(|(place, disk)| drive(place, disk)).collect(),
+            drives: disks.iter().enumerate().map(|(index, disk)| drive(index, disk)).collect(),
             interfaces: nics
                 .iter()
                 .zip(taps)
                 .enumerate()
-                .map(|(place, (nic, tap))| interface(place, nic, tap))
+                .map(|(index, (nic, tap))| interface(index, nic, tap))
                 .collect(),
         }
     }
@@ -176,14 +176,14 @@ pub fn kernel_args(spec: &VmSpec) -> String {
 pub(super) fn added_by_firecracker(devices: usize) -> usize {
     const FIRST_ADDRESS: usize = 0xc000_1000;
     const FIRST_INTERRUPT: usize = 5;
-    let device = |place: usize| {
-        let (address, interrupt) = (FIRST_ADDRESS + 0x1000 * place, FIRST_INTERRUPT + place);
+    let device = |index: usize| {
+        let (address, interrupt) = (FIRST_ADDRESS + 0x1000 * index, FIRST_INTERRUPT + index);
         format!(" virtio_mmio.device=4K@{address:#x}:{interrupt}").len()
     };
     " pci=off".len() + (0..devices).map(device).sum::<usize>()
 }
 
-fn drive(place: usize, disk: &Disk) -> Drive {
+fn drive(index: usize, disk: &Disk) -> Drive {
     // The check refuses a qcow2 image and direct I/O.
     let Disk {
         index: _,
@@ -198,7 +198,7 @@ fn drive(place: usize, disk: &Disk) -> Drive {
         limits,
     } = disk;
     Drive {
-        drive_id: format!("disk{place}"),
+        drive_id: format!("disk{index}"),
         path_on_host: text(path),
         is_root_device: false,
         is_read_only: *read_only,
@@ -210,10 +210,10 @@ fn drive(place: usize, disk: &Disk) -> Drive {
     }
 }
 
-fn interface(place: usize, nic: &Nic, tap: &str) -> Interface {
+fn interface(index: usize, nic: &Nic, tap: &str) -> Interface {
     let Nic { id: _, mac, tap: _, limits } = nic;
     Interface {
-        iface_id: format!("net{place}"),
+        iface_id: format!("net{index}"),
         host_dev_name: tap.to_owned(),
         guest_mac: mac.to_string(),
         rx_rate_limiter: RateLimiter::of(*limits),

@@ -28,8 +28,8 @@ const ADOPT_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 /// Adopts the domain of `request`. Ends no process.
 pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Adoption {
     let domain = domain_of(&request.kind, request.uid);
-    // The watch begins before the first look, so that no event falls between the two.
-    let watched = backend.link.watch(domain);
+    // The subscription begins before the first lookup, so that no event falls between the two.
+    let watched = backend.link.subscribe(domain);
     let recorded = request.run.as_ref().map(|run| &run.process);
     let sought = Sought { domain, imported: request.imported, recorded };
     let process = match backend.find_qemu(sought, ADOPT_CALL_TIMEOUT).await {
@@ -103,7 +103,7 @@ async fn find_domain(
 ) -> Result<Option<Domain>, CallError> {
     let deadline = Instant::now() + ADOPT_NOTICE_TIMEOUT;
     loop {
-        let known = backend.link.look(domain, ADOPT_CALL_TIMEOUT).await?;
+        let known = backend.link.look_up(domain, ADOPT_CALL_TIMEOUT).await?;
         let lags_behind = gone && known.as_ref().is_some_and(|known| is_active(known.state));
         if !lags_behind || Instant::now() > deadline {
             return Ok(known);

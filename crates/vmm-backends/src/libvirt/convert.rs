@@ -1,7 +1,7 @@
 //! Converts a [`VmSpec`] into a libvirt domain. A pure function: equal requests give equal XML.
 //!
 //! The machine equals that of a QEMU that this program starts ([`crate::qemu::convert`]): the
-//! firmware, the places of the devices, and images with an explicit format. The frame is libvirt's:
+//! firmware, the slots of the devices, and images with an explicit format. The frame is libvirt's:
 //!
 //! ```text
 //!   <domain>  name = vm_id, uuid = uid, <metadata> = our mark
@@ -243,11 +243,11 @@ fn add_devices(
     }
     xml.empty("controller", &[("type", "usb"), ("model", "none")]);
     let disks = disks.iter().zip(&paths.disks).zip(inputs.images);
-    for (place, ((disk, path), image)) in disks.enumerate() {
-        add_disk(xml, place, disk, path, *image);
+    for (index, ((disk, path), image)) in disks.enumerate() {
+        add_disk(xml, index, disk, path, *image);
     }
-    for (place, (nic, tap)) in nics.iter().zip(inputs.taps).enumerate() {
-        add_nic(xml, place, nic, tap);
+    for (index, (nic, tap)) in nics.iter().zip(inputs.taps).enumerate() {
+        add_nic(xml, index, nic, tap);
     }
     if let (Some(socket), Some(log)) = (&paths.socket, paths.log) {
         xml.element("serial", &[("type", "unix")], |xml| {
@@ -259,7 +259,7 @@ fn add_devices(
     xml.empty("memballoon", &[("model", "none")]);
 }
 
-fn add_disk(xml: &mut Xml, place: usize, disk: &Disk, path: &str, image: ImageKind) {
+fn add_disk(xml: &mut Xml, index: usize, disk: &Disk, path: &str, image: ImageKind) {
     let (kind, source) = match image {
         ImageKind::File => ("file", "file"),
         ImageKind::BlockDevice => ("block", "dev"),
@@ -292,14 +292,14 @@ fn add_disk(xml: &mut Xml, place: usize, disk: &Disk, path: &str, image: ImageKi
             // Without this line QEMU would open the backing file that the image's header names.
             xml.empty("backingStore", &[]);
         }
-        xml.empty("target", &[("dev", &disk_name(place)), ("bus", "virtio")]);
+        xml.empty("target", &[("dev", &disk_name(index)), ("bus", "virtio")]);
         throttle(xml, *limits);
         if *read_only {
             xml.empty("readonly", &[]);
         }
         let serial: String = id.chars().take(SERIAL_LEN).collect();
         xml.text("serial", &[], &serial);
-        address(xml, DISK_SLOT, place);
+        address(xml, DISK_SLOT, index);
     });
 }
 
@@ -318,16 +318,16 @@ fn throttle(xml: &mut Xml, limits: RateLimit) {
 }
 
 /// Returns libvirt's name of a disk: vda to vdz, then vdaa and so on, as in Linux.
-fn disk_name(place: usize) -> String {
+fn disk_name(index: usize) -> String {
     const LETTERS: usize = 26;
     let letter = |at: usize| char::from(b'a' + u8::try_from(at % LETTERS).unwrap_or(0));
-    match place.checked_sub(LETTERS) {
-        None => format!("vd{}", letter(place)),
+    match index.checked_sub(LETTERS) {
+        None => format!("vd{}", letter(index)),
         Some(rest) => format!("vd{}{}", letter(rest / LETTERS), letter(rest)),
     }
 }
 
-fn add_nic(xml: &mut Xml, place: usize, nic: &Nic, tap: &str) {
+fn add_nic(xml: &mut Xml, index: usize, nic: &Nic, tap: &str) {
     // The check warns that QEMU cannot limit an interface.
     let Nic { id: _, mac, tap: _, limits: _ } = nic;
     xml.element("interface", &[("type", "ethernet")], |xml| {
@@ -337,14 +337,14 @@ fn add_nic(xml: &mut Xml, place: usize, nic: &Nic, tap: &str) {
         xml.empty("model", &[("type", "virtio")]);
         // Guests do not boot from the network, so the ROM is left out.
         xml.empty("rom", &[("enabled", "no")]);
-        address(xml, NIC_SLOT, place);
+        address(xml, NIC_SLOT, index);
     });
 }
 
-/// Writes the place of a device. Places are fixed, so that a disk that is added to a configuration
+/// Writes the slot of a device. Slots are fixed, so that a disk that is added to a configuration
 /// does not rename a network interface in the guest.
-fn address(xml: &mut Xml, first_slot: usize, place: usize) {
-    let (slot, function) = (first_slot + place / FUNCTIONS, place % FUNCTIONS);
+fn address(xml: &mut Xml, first_slot: usize, index: usize) {
+    let (slot, function) = (first_slot + index / FUNCTIONS, index % FUNCTIONS);
     let (slot, function) = (format!("0x{slot:02x}"), format!("0x{function:x}"));
     let mut attributes = vec![
         ("type", "pci"),

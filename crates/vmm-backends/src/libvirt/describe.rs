@@ -207,19 +207,19 @@ fn storage(devices: Node<'_, '_>, unrepresented: &mut Vec<String>) -> Vec<Storag
 /// Returns the network interfaces, and the TAPs that they have now.
 fn network(devices: Node<'_, '_>, unrepresented: &mut Vec<String>) -> (Vec<NetworkInterface>, Vec<String>) {
     let (mut network, mut taps) = (Vec::new(), Vec::new());
-    for (place, interface) in children(devices, "interface").enumerate() {
+    for (index, interface) in children(devices, "interface").enumerate() {
         let kind = interface.attribute("type").unwrap_or_default();
         // The other kinds have no TAP. They use a process, a card, or another program's socket.
         let has_tap = matches!(kind, "ethernet" | "bridge" | "network");
         let tap = if has_tap { attribute(interface, "target", "dev") } else { "" };
         if kind != "ethernet" {
-            unrepresented.push(format!("network interface {place} is of libvirt's kind {kind}"));
+            unrepresented.push(format!("network interface {index} is of libvirt's kind {kind}"));
         }
         if !tap.is_empty() {
             taps.push(tap.to_owned());
         }
         network.push(NetworkInterface {
-            id: format!("net{place}"),
+            id: format!("net{index}"),
             mac_address: attribute(interface, "mac", "address").to_owned(),
             tap_device: tap.to_owned(),
             ..NetworkInterface::default()

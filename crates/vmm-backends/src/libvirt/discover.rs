@@ -1,10 +1,10 @@
 //! Finds domains that another client of libvirt created, or started again.
 //!
 //! ```text
-//!   at first, and after each gap: the list ──┐
-//!   an event of a domain without a watch ────┴─► look ─┬─ marked, runs ─► found, by its uid
-//!                                                      ├─ no mark ──────► found, if imported
-//!                                                      └─ undefined ────► lost, if it was found
+//!   at first, and after each gap: the list ────┐
+//!   an event of a domain without a monitor ────┴─► look up ─┬─ marked, runs ─► found, by its uid
+//!                                                           ├─ no mark ──────► found, if imported
+//!                                                           └─ undefined ────► lost, if it was found
 //! ```
 
 use std::collections::BTreeSet;
@@ -32,23 +32,24 @@ const FINDINGS: usize = 64;
 
 /// Returns the present domains, and starts a task that reports later ones.
 async fn discover(backend: LibvirtBackend) -> Discovery {
-    // The channel is created before the first look, because an event between the look and a later
-    // channel would be lost.
-    let strays = backend.link.unwatched_events();
+    // The channel is created before the first lookup, because an event between the lookup and a
+    // later channel would be lost.
+    let unwatched = backend.link.unwatched_events();
     let mut seen = DomainScanner { backend, foreign_domains: BTreeSet::new() };
     let present = seen.examine_all().await.unwrap_or_default();
     let (sender, later) = mpsc::channel(FINDINGS);
     tokio::spawn(
-        seen.follow_events(strays, sender).instrument(tracing::info_span!(parent: None, "libvirt-discovery")),
+        seen.follow_events(unwatched, sender)
+            .instrument(tracing::info_span!(parent: None, "libvirt-discovery")),
     );
     Discovery { present, later }
 }
 
-/// Drops repeated news of a domain, because one look shows the outcome of all of them.
-fn without_repeats(strays: impl Iterator<Item = UnwatchedEvent>) -> Vec<UnwatchedEvent> {
+/// Drops repeated news of a domain, because one lookup shows the outcome of all of them.
+fn without_repeats(unwatched: impl Iterator<Item = UnwatchedEvent>) -> Vec<UnwatchedEvent> {
     let mut domains = BTreeSet::new();
-    strays
-        .filter(|stray| match stray {
+    unwatched
+        .filter(|event| match event {
             UnwatchedEvent::Changed(uuid) | UnwatchedEvent::Undefined(uuid) => domains.insert(*uuid),
             UnwatchedEvent::Connected | UnwatchedEvent::Lost => true,
         })
@@ -65,20 +66,20 @@ struct DomainScanner {
 impl DomainScanner {
     async fn follow_events(
         mut self,
-        mut strays: mpsc::UnboundedReceiver<UnwatchedEvent>,
+        mut unwatched: mpsc::UnboundedReceiver<UnwatchedEvent>,
         sender: mpsc::Sender<DiscoveryEvent>,
     ) {
         loop {
             let first = tokio::select! {
-                stray = strays.recv() => stray,
+                event = unwatched.recv() => event,
                 () = sender.closed() => return,
             };
             let Some(first) = first else { return };
             // News that waits already is taken together, because a busy libvirt sends several
             // events for one change.
-            let waiting = std::iter::from_fn(|| strays.try_recv().ok());
-            for stray in without_repeats(std::iter::once(first).chain(waiting)) {
-                let findings = match stray {
+            let waiting = std::iter::from_fn(|| unwatched.try_recv().ok());
+            for event in without_repeats(std::iter::once(first).chain(waiting)) {
+                let findings = match event {
                     UnwatchedEvent::Changed(uuid) | UnwatchedEvent::Undefined(uuid) => {
                         self.examine_one(uuid).await
                     }
@@ -131,7 +132,7 @@ impl DomainScanner {
 
     /// Returns the findings about one domain that has changed.
     async fn examine_one(&mut self, uuid: Uuid) -> Vec<DiscoveryEvent> {
-        match self.backend.link.look(uuid, QUICK_CALL_TIMEOUT).await {
+        match self.backend.link.look_up(uuid, QUICK_CALL_TIMEOUT).await {
             Ok(Some(domain)) => self
                 .report_of(domain)
                 .await
@@ -163,7 +164,7 @@ impl DomainScanner {
         let live = is_active(domain.state);
         // A watched domain has a handle. A stopped domain of this program has a record that says
         // so.
-        if self.backend.link.is_watched(uuid) || ours && !live {
+        if self.backend.link.has_monitor(uuid) || ours && !live {
             return None;
         }
         match self.examine(&domain, ours).await {
@@ -212,7 +213,7 @@ impl DomainScanner {
         ours: bool,
     ) -> Result<vmm_core::backend::LaunchedVmm, String> {
         let (backend, uuid) = (&self.backend, domain.uuid);
-        let watched = backend.link.watch(uuid);
+        let watched = backend.link.subscribe(uuid);
         let sought = Sought { domain: uuid, imported: !ours, recorded: None };
         let process = backend.find_qemu(sought, QUICK_CALL_TIMEOUT).await?;
         let process = process.ok_or("the domain runs, but this host shows no such process")?;
@@ -244,7 +245,7 @@ fn names(domain: &Domain) -> Vec<VmId> {
 impl Discoverer for LibvirtBackend {
     async fn discover(&self) -> Discovery {
         let shared = Self { link: Arc::clone(&self.link), ..self.clone() };
-        // The first look may take longer than the start of the daemon may wait.
+        // The first lookup may take longer than the start of the daemon may wait.
         let _ = shared.link.ready(super::HEALTH_CONNECT_TIMEOUT).await;
         debug!(backend = %self.capabilities().name, "the daemon searches for domains");
         discover(shared).await

@@ -72,18 +72,18 @@ pub(super) const fn failure(state: DomainState) -> Option<&'static str> {
 
 impl LibvirtLink {
     /// Reads one domain, or returns `None` if there is none.
-    pub(super) async fn look(&self, uuid: Uuid, within: Duration) -> Result<Option<Domain>, CallError> {
-        domain_in_answer(self.call(Call::Look { uuid }, within).await?)
+    pub(super) async fn look_up(&self, uuid: Uuid, timeout: Duration) -> Result<Option<Domain>, CallError> {
+        domain_in_answer(self.call(Call::LookUp { uuid }, timeout).await?)
     }
 
     /// Reads the domain with a name.
     pub(super) async fn look_by_name(&self, name: &str) -> Result<Option<Domain>, CallError> {
-        domain_in_answer(self.call(Call::LookByName { name: name.to_owned() }, QUICK_CALL_TIMEOUT).await?)
+        domain_in_answer(self.call(Call::LookUpByName { name: name.to_owned() }, QUICK_CALL_TIMEOUT).await?)
     }
 
     /// Makes a call that returns nothing but success.
-    pub(super) async fn order(&self, call: Call, within: Duration) -> Result<(), CallError> {
-        match self.call(call, within).await? {
+    pub(super) async fn order(&self, call: Call, timeout: Duration) -> Result<(), CallError> {
+        match self.call(call, timeout).await? {
             CallResult::Done => Ok(()),
             other => Err(unexpected_answer(&other)),
         }

@@ -6,7 +6,7 @@
 //!       └── unreachable, no helper ──────────────────────────►
 //!
 //!   call ──► stdin of the helper ──► … ──► its answer, by id
-//!   events ──► the watch of their domain ── or discovery, if there is no watch
+//!   events ──► the monitor of their domain ── or discovery, if there is no monitor
 //! ```
 //!
 //! libvirt decides how long connecting takes: at its first use it examines QEMU, which takes half a
@@ -32,7 +32,7 @@ use super::domain::QUICK_CALL_TIMEOUT;
 use super::helper_supervisor::supervise;
 use crate::sanitize;
 
-/// The most events that wait for one VM's watch.
+/// The most events that wait for one VM's monitor.
 const EVENTS: usize = 256;
 
 /// The state of the connection.
@@ -66,7 +66,7 @@ impl From<LinkDown> for BackendError {
     }
 }
 
-/// An event for a VM's watch.
+/// An event for a VM's monitor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum DomainEvent {
     /// An event of libvirt.
@@ -77,10 +77,10 @@ pub(super) enum DomainEvent {
     Connected,
 }
 
-/// An event for discovery, which receives the events of all domains without a watch.
+/// An event for discovery, which receives the events of all domains without a monitor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum UnwatchedEvent {
-    /// The state of a domain without a watch has changed.
+    /// The state of a domain without a monitor has changed.
     Changed(Uuid),
     /// A domain was undefined.
     Undefined(Uuid),
@@ -108,8 +108,8 @@ pub(super) struct LinkShared {
     next: AtomicU64,
     pending: Mutex<HashMap<u64, oneshot::Sender<Result<CallResult, CallFailure>>>>,
     outgoing: Mutex<Option<mpsc::Sender<Vec<u8>>>>,
-    watches: Mutex<HashMap<Uuid, mpsc::Sender<DomainEvent>>>,
-    strays: Mutex<Option<mpsc::UnboundedSender<UnwatchedEvent>>>,
+    monitors: Mutex<HashMap<Uuid, mpsc::Sender<DomainEvent>>>,
+    unwatched: Mutex<Option<mpsc::UnboundedSender<UnwatchedEvent>>>,
     /// Set when a call was not answered that needs neither QEMU nor the host. Then the helper or
     /// libvirtd hangs, and a new helper replaces the connection.
     pub(super) hangs: AtomicBool,
@@ -136,8 +136,8 @@ impl LibvirtLink {
             next: AtomicU64::new(1),
             pending: Mutex::default(),
             outgoing: Mutex::default(),
-            watches: Mutex::default(),
-            strays: Mutex::default(),
+            monitors: Mutex::default(),
+            unwatched: Mutex::default(),
             hangs: AtomicBool::new(false),
             hung: Notify::new(),
             suspected: AtomicBool::new(false),
@@ -161,9 +161,9 @@ impl LibvirtLink {
         self.inner.state.borrow().clone()
     }
 
-    /// Waits until there is a connection, for at most `within`. A lost connection is tried again at
-    /// once.
-    pub(super) async fn ready(&self, within: Duration) -> Result<LibvirtVersions, LinkDown> {
+    /// Waits until there is a connection, for at most `timeout`. A lost connection is tried again
+    /// at once.
+    pub(super) async fn ready(&self, timeout: Duration) -> Result<LibvirtVersions, LinkDown> {
         self.start();
         let mut states = self.inner.state.subscribe();
         // The attempt counter distinguishes a failure before this call from a later one. Without it
@@ -182,7 +182,7 @@ impl LibvirtLink {
             LinkState::Down(attempt, _) => *attempt > known,
             LinkState::Starting => false,
         });
-        match tokio::time::timeout(within, settled).await {
+        match tokio::time::timeout(timeout, settled).await {
             Ok(Ok(state)) => match &*state {
                 LinkState::Up(up) => Ok(up.clone()),
                 LinkState::Down(_, down) => Err(down.clone()),
@@ -193,30 +193,30 @@ impl LibvirtLink {
     }
 
     /// Makes one call over the present connection.
-    pub(super) async fn call(&self, call: Call, within: Duration) -> Result<CallResult, CallError> {
+    pub(super) async fn call(&self, call: Call, timeout: Duration) -> Result<CallResult, CallError> {
         self.start();
-        self.inner.call(call, within).await
+        self.inner.call(call, timeout).await
     }
 
     /// Sends the events of one domain to the returned receiver, until it is dropped.
-    pub(super) fn watch(&self, domain: Uuid) -> DomainEvents {
+    pub(super) fn subscribe(&self, domain: Uuid) -> DomainEvents {
         let (sender, events) = mpsc::channel(EVENTS);
-        lock(&self.inner.watches).insert(domain, sender);
+        lock(&self.inner.monitors).insert(domain, sender);
         DomainEvents { inner: Arc::clone(&self.inner), domain, events }
     }
 
-    /// Returns true if a domain has a watch.
-    pub(super) fn is_watched(&self, domain: Uuid) -> bool {
-        lock(&self.inner.watches).get(&domain).is_some_and(|watch| !watch.is_closed())
+    /// Returns true if a domain has a monitor.
+    pub(super) fn has_monitor(&self, domain: Uuid) -> bool {
+        lock(&self.inner.monitors).get(&domain).is_some_and(|monitor| !monitor.is_closed())
     }
 
-    /// Sends the events of all domains without a watch to the returned receiver. A second receiver
-    /// replaces the first.
+    /// Sends the events of all domains without a monitor to the returned receiver. A second
+    /// receiver replaces the first.
     pub(super) fn unwatched_events(&self) -> mpsc::UnboundedReceiver<UnwatchedEvent> {
         self.start();
-        let (sender, strays) = mpsc::unbounded_channel();
-        *lock(&self.inner.strays) = Some(sender);
-        strays
+        let (sender, unwatched) = mpsc::unbounded_channel();
+        *lock(&self.inner.unwatched) = Some(sender);
+        unwatched
     }
 }
 
@@ -249,11 +249,11 @@ pub(super) enum CallError {
     #[error("the connection to libvirt was lost during {name}; the daemon connects again")]
     Lost { name: &'static str, only_reads: bool },
     /// The answer did not come in time.
-    #[error("libvirt has not answered {name} within {within:?}")]
-    Silent { name: &'static str, only_reads: bool, within: Duration },
+    #[error("libvirt has not answered {name} within {timeout:?}")]
+    Silent { name: &'static str, only_reads: bool, timeout: Duration },
     /// The helper did not read the call in time, because too many calls wait.
-    #[error("the libvirt helper has not taken {name} within {within:?}: too many calls wait for it")]
-    Full { name: &'static str, within: Duration },
+    #[error("the libvirt helper has not taken {name} within {timeout:?}: too many calls wait for it")]
+    Full { name: &'static str, timeout: Duration },
     /// libvirt refused the call.
     #[error("libvirt says: {}", sanitize::sentence(&.0.message))]
     Failed(CallFailure),
@@ -333,11 +333,11 @@ impl DomainEvents {
 impl Drop for DomainEvents {
     fn drop(&mut self) {
         {
-            let mut watches = lock(&self.inner.watches);
+            let mut monitors = lock(&self.inner.monitors);
             self.events.close();
-            // Another run of the same domain may have begun to watch.
-            if watches.get(&self.domain).is_some_and(mpsc::Sender::is_closed) {
-                watches.remove(&self.domain);
+            // Another run of the same domain may have begun to receive events.
+            if monitors.get(&self.domain).is_some_and(mpsc::Sender::is_closed) {
+                monitors.remove(&self.domain);
             }
         }
         // An unread start event may belong to the next run, so discovery receives it.
@@ -350,13 +350,13 @@ impl Drop for DomainEvents {
 }
 
 impl LinkShared {
-    async fn call(self: &Arc<Self>, call: Call, within: Duration) -> Result<CallResult, CallError> {
+    async fn call(self: &Arc<Self>, call: Call, timeout: Duration) -> Result<CallResult, CallError> {
         let (name, only_reads) = (call.name(), call.only_reads());
         let waits_for = call.waits_for();
         let outgoing = lock(&self.outgoing).clone();
         let Some(outgoing) = outgoing else { return Err(CallError::Down(self.why_down())) };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let within_ms = u64::try_from(within.as_millis()).ok();
+        let within_ms = u64::try_from(timeout.as_millis()).ok();
         let line = to_line(&CallRequest { id, within_ms, call })
             .map_err(|error| CallError::Malformed(error.to_string()))?;
         if line.len() > MAX_LINE {
@@ -368,11 +368,11 @@ impl LinkShared {
         // dropped.
         lock(&self.pending).insert(id, reply);
         let _pending = PendingCall { inner: self, id };
-        let deadline = tokio::time::Instant::now() + within;
+        let deadline = tokio::time::Instant::now() + timeout;
         match tokio::time::timeout_at(deadline, outgoing.send(line)).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return Err(CallError::Down(self.why_down())),
-            Err(_) => return Err(CallError::Full { name, within }),
+            Err(_) => return Err(CallError::Full { name, timeout }),
         }
         match tokio::time::timeout_at(deadline, answer).await {
             Ok(Ok(Ok(got))) => Ok(got),
@@ -389,7 +389,7 @@ impl LinkShared {
                     }
                     WaitsFor::Host | WaitsFor::Qemu(_) => self.test_for_hang(),
                 }
-                Err(CallError::Silent { name, only_reads, within })
+                Err(CallError::Silent { name, only_reads, timeout })
             }
         }
     }
@@ -404,7 +404,7 @@ impl LinkShared {
         tokio::spawn(async move {
             // No domain has this UUID. Any answer proves that libvirtd answers. Silence sets
             // `hangs` in `call`.
-            let _ = Box::pin(inner.call(Call::Look { uuid: Uuid::nil() }, QUICK_CALL_TIMEOUT)).await;
+            let _ = Box::pin(inner.call(Call::LookUp { uuid: Uuid::nil() }, QUICK_CALL_TIMEOUT)).await;
             inner.suspected.store(false, Ordering::Relaxed);
         });
     }
@@ -437,9 +437,9 @@ impl LinkShared {
         info!(libvirt, hypervisor, "the daemon is connected to libvirt");
         *lock(&self.outgoing) = Some(sender);
         self.state.send_replace(LinkState::Up(LibvirtVersions { libvirt, hypervisor }));
-        for watch in lock(&self.watches).values() {
-            // A watch whose queue is full compares the state anyway.
-            let _ = watch.try_send(DomainEvent::Connected);
+        for monitor in lock(&self.monitors).values() {
+            // A monitor whose queue is full compares the state anyway.
+            let _ = monitor.try_send(DomainEvent::Connected);
         }
         self.send_unwatched(UnwatchedEvent::Connected);
     }
@@ -460,13 +460,13 @@ impl LinkShared {
         let _ = waiting.send(answer);
     }
 
-    /// Passes an event to the watch of its domain, or to discovery.
+    /// Passes an event to the monitor of its domain, or to discovery.
     pub(super) fn pass_on(&self, domain: Uuid, event: DomainEvent) {
         if event == DomainEvent::Lifecycle(Lifecycle::Undefined) {
             self.send_unwatched(UnwatchedEvent::Undefined(domain));
         }
-        let watch = lock(&self.watches).get(&domain).cloned();
-        match watch.map(|watch| watch.try_send(event)) {
+        let monitor = lock(&self.monitors).get(&domain).cloned();
+        match monitor.map(|monitor| monitor.try_send(event)) {
             Some(Ok(())) => {}
             Some(Err(mpsc::error::TrySendError::Full(event))) => {
                 warn!(%domain, ?event, "an event of libvirt was dropped, because too many events wait");
@@ -478,9 +478,9 @@ impl LinkShared {
     }
 
     /// Sends an event to discovery.
-    pub(super) fn send_unwatched(&self, stray: UnwatchedEvent) {
-        if let Some(strays) = &*lock(&self.strays) {
-            let _ = strays.send(stray);
+    pub(super) fn send_unwatched(&self, event: UnwatchedEvent) {
+        if let Some(unwatched) = &*lock(&self.unwatched) {
+            let _ = unwatched.send(event);
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   LibvirtBackend ── check ──► CheckReport                   check, convert, cpu: pure
-//!      │ launch: define, start, resume     adopt: look, prove      discover: list, events
+//!      │ launch: define, start, resume     adopt: look up, prove   discover: list, events
 //!      ▼                                     ▼                       ▼
 //!   LibvirtVmm, DomainMonitor ─► LibvirtLink ─► vmm-libvirt-helper ─► libvirtd ─► QEMU
 //!      └────────────────────────────── pidfd ─────────────────────────────────────┘

@@ -82,7 +82,7 @@ impl DomainMonitor {
                 () = wait_until(compare_at) => self.compare_if_due().await,
                 event = self.watched.events.recv() => match event {
                     Some(event) => self.on_event(event).await,
-                    // Another watch of the same domain has replaced this one.
+                    // Another monitor of the same domain has replaced this one.
                     None => return,
                 },
                 _ = process.wait() => break,
@@ -138,7 +138,7 @@ impl DomainMonitor {
     async fn signal_waited_for_qemu(&mut self, signal: Signal) {
         // libvirt cancels an announced end for a reboot. A signal to a QEMU whose guest goes on
         // would kill a healthy VM.
-        let known = self.link.look(self.watched.domain(), QUICK_CALL_TIMEOUT).await;
+        let known = self.link.look_up(self.watched.domain(), QUICK_CALL_TIMEOUT).await;
         match known.map(|domain| domain.map(|known| known.state)) {
             Ok(Some(DomainState::ShuttingDown)) => send_due_signal(&self.process, signal),
             Ok(Some(DomainState::Running | DomainState::Paused)) => self.ending(false),
@@ -201,7 +201,7 @@ impl DomainMonitor {
         // the state in between, and its own change would be reported as another client's.
         let (state, event) = {
             let change = self.guest.change().await;
-            let state = match self.link.look(self.watched.domain(), QUICK_CALL_TIMEOUT).await {
+            let state = match self.link.look_up(self.watched.domain(), QUICK_CALL_TIMEOUT).await {
                 Ok(Some(domain)) => domain.state,
                 // The end of the domain is reported by its process.
                 Ok(None) => return,

@@ -8,12 +8,11 @@
 //! ```
 //!
 //! Any local user can start a program with any name and any arguments, and the UUID of a domain is
-//! public. The user of the process is therefore the proof: libvirt runs each QEMU as the user of the
-//! domain's DAC label, and no other user can start a process as that user.
+//! public. The user of the process is therefore the proof: libvirt runs each QEMU as the user of
+//! the domain's DAC label, and no other user can start a process as that user.
 
 use std::time::Duration;
 
-use tokio::time::timeout;
 use uuid::Uuid;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
 use vmm_core::store::ProcessIdentity;
@@ -44,7 +43,7 @@ enum User {
 
 impl LibvirtBackend {
     /// Finds the QEMU of a domain. Returns `None` if there is none. Waits for libvirt for at most
-    /// `within`, and only if another client created the domain.
+    /// `timeout`, and only if another client created the domain.
     ///
     /// # Errors
     /// Returns the reason if a process may be the QEMU and is not proven to be. The caller must not
@@ -52,7 +51,7 @@ impl LibvirtBackend {
     pub(super) async fn find_qemu(
         &self,
         sought: Sought<'_>,
-        within: Duration,
+        timeout: Duration,
     ) -> Result<Option<Process>, String> {
         // A start time and a pid prove the process on record, whatever its name and arguments are.
         if let Some(Lookup::Alive(process)) = sought.recorded.map(process::adopt) {
@@ -62,7 +61,7 @@ impl LibvirtBackend {
         if claimants.is_empty() {
             return Ok(None);
         }
-        let user = match self.user_of_qemu(sought, within).await {
+        let user = match self.user_of_qemu(sought, timeout).await {
             Ok(User::NoQemu) => return Ok(None),
             Ok(User::Is(user)) => user,
             Err(why) => {
@@ -94,7 +93,7 @@ impl LibvirtBackend {
     }
 
     /// Returns the user of a domain's QEMU.
-    async fn user_of_qemu(&self, sought: Sought<'_>, within: Duration) -> Result<User, String> {
+    async fn user_of_qemu(&self, sought: Sought<'_>, timeout: Duration) -> Result<User, String> {
         // A user's own libvirtd runs every QEMU as that user, and a domain that this program has
         // defined has the label of the daemon's user.
         if self.label.is_none() || !sought.imported {
@@ -102,13 +101,13 @@ impl LibvirtBackend {
         }
         // The call keeps its usual limit and is dropped from outside, because a call that exceeds
         // its own limit marks the connection as hanging.
-        let xml = self.link.call(Call::Xml { uuid: sought.domain }, QUICK_CALL_TIMEOUT.max(within));
-        match timeout(within, xml).await {
+        let xml = self.link.call(Call::Xml { uuid: sought.domain }, QUICK_CALL_TIMEOUT.max(timeout));
+        match tokio::time::timeout(timeout, xml).await {
             Ok(Ok(CallResult::Xml { xml })) => user_in(&xml),
             Ok(Ok(_)) => Err("libvirt has answered another question".to_owned()),
             Ok(Err(error)) if error.refusal() == Some(CallFailureKind::NoDomain) => Ok(User::NoQemu),
             Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("libvirt has not told the user of its QEMU within {within:?}")),
+            Err(_) => Err(format!("libvirt has not told the user of its QEMU within {timeout:?}")),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Assembles the handle and the watch of a QEMU that libvirt has started.
+//! Assembles the handle and the monitor of a QEMU that libvirt has started.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -65,8 +65,8 @@ impl DomainRunFacts {
 }
 
 /// Returns the TAPs that a running domain has now, or `None` if libvirt does not report them.
-pub(super) async fn live_taps(link: &LibvirtLink, domain: Uuid, within: Duration) -> Option<Vec<String>> {
-    let told = match link.call(Call::Xml { uuid: domain }, within).await {
+pub(super) async fn live_taps(link: &LibvirtLink, domain: Uuid, timeout: Duration) -> Option<Vec<String>> {
+    let told = match link.call(Call::Xml { uuid: domain }, timeout).await {
         Ok(CallResult::Xml { xml }) => describe(&xml),
         Ok(other) => Err(unexpected_answer(&other).to_string()),
         Err(error) => Err(error.to_string()),
@@ -89,9 +89,9 @@ pub(super) fn assemble(
     let (sender, events) = mpsc::channel(EVENTS);
     let guest = Arc::new(GuestOrders::new(guest_state(state) == GuestState::Running));
     let (wanted, handle) = oneshot::channel();
-    // The handle and the watch share `guest`, so that the events of an order are not reported as
+    // The handle and the monitor share `guest`, so that the events of an order are not reported as
     // another client's.
-    let mut watch = DomainMonitor {
+    let mut monitor = DomainMonitor {
         watched,
         process: process.clone(),
         link: Arc::clone(link),
@@ -106,9 +106,9 @@ pub(super) fn assemble(
         throttle: Throttle::new(),
         compare_at: None,
     };
-    watch.ending(state == DomainState::ShuttingDown);
+    monitor.ending(state == DomainState::ShuttingDown);
     let span = tracing::info_span!(parent: None, "domain", uuid = %facts.domain, pid = process.pid());
-    tokio::spawn(watch.run().instrument(span));
+    tokio::spawn(monitor.run().instrument(span));
     let vmm = Arc::new(LibvirtVmm {
         domain: facts.domain,
         run,

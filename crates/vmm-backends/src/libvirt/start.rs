@@ -52,9 +52,10 @@ pub(super) async fn launch(
         choice.log();
     }
     let facts = backend.facts(&request, up.hypervisor, choice.accelerator);
-    // The watch begins before the domain is defined or started, because a guest may end within
-    // milliseconds and discovery would otherwise take its events for those of another client.
-    let watched = backend.link.watch(facts.domain);
+    // The subscription begins before the domain is defined or started, because a guest may end
+    // within milliseconds and discovery would otherwise take its events for those of another
+    // client.
+    let watched = backend.link.subscribe(facts.domain);
     clear(&request.dir).await?;
     // libvirt may not have noticed the end of the last run yet, and would refuse a new start then.
     let known = wait_for_domain_end(backend, sought(&facts)).await?;
@@ -172,7 +173,7 @@ pub(super) async fn wait_for_domain_end(
 ) -> Result<Option<Domain>, BackendError> {
     let deadline = Instant::now() + START_NOTICE_TIMEOUT;
     loop {
-        let known = backend.link.look(sought.domain, QUICK_CALL_TIMEOUT).await?;
+        let known = backend.link.look_up(sought.domain, QUICK_CALL_TIMEOUT).await?;
         let Some(domain) = &known else { return Ok(None) };
         let is_ending = is_active(domain.state)
             && (domain.state == DomainState::ShuttingDown
@@ -346,15 +347,15 @@ impl LibvirtBackend {
     }
 
     /// Ends a domain by libvirt, or else its proven process. Returns once no QEMU of it runs.
-    pub(super) async fn end(&self, sought: Sought<'_>, patience: Duration) -> Result<(), BackendError> {
+    pub(super) async fn end(&self, sought: Sought<'_>, timeout: Duration) -> Result<(), BackendError> {
         // libvirt ends the domain properly and frees what it holds for it. The process is killed
         // only if it still runs afterwards, whatever libvirt answered.
         let uuid = sought.domain;
-        let ended = self.link.order(Call::Destroy { uuid }, patience).await;
+        let ended = self.link.order(Call::Destroy { uuid }, timeout).await;
         if let Err(error) = &ended {
             tracing::debug!(%error, domain = %uuid, "libvirt did not end the domain");
         }
-        match self.find_qemu(sought, patience).await {
+        match self.find_qemu(sought, timeout).await {
             Ok(None) => Ok(()),
             Ok(Some(process)) => {
                 process.kill_and_wait(Duration::from_secs(1)).await.map(|_| ()).map_err(|error| {

@@ -107,10 +107,10 @@ async fn refuse_if_it_runs(
 async fn undefine(
     backend: &LibvirtBackend,
     sought: Sought<'_>,
-    within: Duration,
+    timeout: Duration,
 ) -> Result<(), BackendError> {
     let call = Call::Undefine { uuid: sought.domain, everything: !sought.imported };
-    match backend.link.order(call, within).await {
+    match backend.link.order(call, timeout).await {
         Err(error) if error.refusal() == Some(CallFailureKind::NoDomain) => Ok(()),
         result => Ok(result?),
     }

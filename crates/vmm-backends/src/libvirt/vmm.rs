@@ -47,7 +47,7 @@ pub(super) struct LibvirtVmm {
     /// force.
     pub(super) imported: bool,
     pub(super) taps: Vec<String>,
-    /// The watch notices the drop of this sender, which is dropped together with the handle.
+    /// The monitor notices the drop of this sender, which is dropped together with the handle.
     pub(super) _wanted: oneshot::Sender<()>,
 }
 
@@ -104,7 +104,7 @@ impl Vmm for LibvirtVmm {
         // libvirt answers from its memory of the domain's state. Only a call that reaches QEMU
         // shows that QEMU answers.
         self.block_stats().await?;
-        match self.link.look(self.domain, QUICK_CALL_TIMEOUT).await {
+        match self.link.look_up(self.domain, QUICK_CALL_TIMEOUT).await {
             Ok(Some(domain)) => Ok(guest_state(domain.state)),
             Ok(None) => Ok(GuestState::Ended),
             Err(error) => Err(self.explain(error)),
@@ -150,7 +150,7 @@ impl LibvirtVmm {
             // libvirt may answer only after its clean-up. A call that exceeds its own limit marks
             // the connection as hanging, so the call gets the usual limit and is dropped from
             // outside.
-            while let Ok(Some(domain)) = self.link.look(self.domain, QUICK_CALL_TIMEOUT).await
+            while let Ok(Some(domain)) = self.link.look_up(self.domain, QUICK_CALL_TIMEOUT).await
                 && is_active(domain.state)
             {
                 tokio::time::sleep(SETTLE_TIMEOUT / 20).await;
@@ -159,17 +159,17 @@ impl LibvirtVmm {
         let _ = tokio::time::timeout(SETTLE_TIMEOUT, cleared).await;
     }
 
-    /// Ends the domain by libvirt within `patience`, or else kills its QEMU. Returns once QEMU has
+    /// Ends the domain by libvirt within `timeout`, or else kills its QEMU. Returns once QEMU has
     /// ended.
-    async fn end(&self, patience: Duration) -> Result<EndedBy, BackendError> {
+    async fn end(&self, timeout: Duration) -> Result<EndedBy, BackendError> {
         if self.process.has_ended() {
             return self.gone_by(EndedBy::Guest).await;
         }
         self.guest.order_end(true);
         let mut ordered =
-            std::pin::pin!(self.link.order(Call::Destroy { uuid: self.domain }, patience + SETTLE_TIMEOUT));
+            std::pin::pin!(self.link.order(Call::Destroy { uuid: self.domain }, timeout + SETTLE_TIMEOUT));
         // The end of the process counts, not libvirt's answer: libvirt may hang, and it may answer
-        // before or after the end. The call outlives `patience` by the time of the clean-up,
+        // before or after the end. The call outlives `timeout` by the time of the clean-up,
         // because a call that expires marks the connection as hanging.
         let answered = tokio::select! {
             biased;
@@ -180,7 +180,7 @@ impl LibvirtVmm {
                 let _ = tokio::time::timeout(SETTLE_TIMEOUT, ordered).await;
                 return Ok(EndedBy::Vmm);
             }
-            () = tokio::time::sleep(patience) => None,
+            () = tokio::time::sleep(timeout) => None,
         };
         point(FaultPoint::LadderOrdered);
         match answered {

@@ -14,7 +14,7 @@
 //!   virtio-blk ──► [throttle diskN] ──► raw|qcow2 diskN-format ──► file|host_device diskN-file
 //! ```
 //!
-//! Devices have fixed places, so a disk that is added to a configuration does not rename a network
+//! Devices have fixed slots, so a disk that is added to a configuration does not rename a network
 //! interface in the guest. On q35, disks are the functions of PCI slots 2 to 9 and interfaces those
 //! of slots 16 to 23. On microvm, which has 23 usable virtio-mmio transports, disks come first and
 //! interfaces follow.
@@ -286,11 +286,11 @@ fn options(inputs: &QemuInputs<'_>) -> Result<Vec<QemuOption>, PathNotUtf8> {
     identity(&mut options, inputs.uid);
     machine(&mut options, inputs, cpu, memory);
     add_boot(&mut options, boot, inputs.spec.kernel_args());
-    for (place, (disk, image)) in disks.iter().zip(inputs.images).enumerate() {
-        options.push(QemuOption::Disk(disk::option(inputs.machine, place, disk, *image)?));
+    for (index, (disk, image)) in disks.iter().zip(inputs.images).enumerate() {
+        options.push(QemuOption::Disk(disk::option(inputs.machine, index, disk, *image)?));
     }
-    for (place, (nic, tap)) in nics.iter().zip(inputs.taps).enumerate() {
-        add_nic(&mut options, inputs.machine, disks.len(), place, nic, tap);
+    for (index, (nic, tap)) in nics.iter().zip(inputs.taps).enumerate() {
+        add_nic(&mut options, inputs.machine, disks.len(), index, nic, tap);
     }
     if inputs.machine == QemuMachine::Q35 && !inputs.spec.resets_on_panic() {
         options.push(panic_device());
@@ -399,7 +399,7 @@ fn add_nic(
     options: &mut Vec<QemuOption>,
     machine: QemuMachine,
     disks: usize,
-    place: usize,
+    index: usize,
     nic: &Nic,
     tap: &str,
 ) {
@@ -411,28 +411,28 @@ fn add_nic(
         group: "netdev",
         kind: Some(("type", "tap".into())),
         pairs: vec![
-            ("id", format!("tap{place}").into()),
+            ("id", format!("tap{index}").into()),
             ("ifname", tap.into()),
             ("script", "no".into()),
             ("downscript", "no".into()),
         ],
     });
     let mut device = json!({
-        "driver": format!("virtio-net-{}", machine.virtio()), "id": format!("net{place}"),
-        "netdev": format!("tap{place}"), "mac": mac.to_string(),
+        "driver": format!("virtio-net-{}", machine.virtio()), "id": format!("net{index}"),
+        "netdev": format!("tap{index}"), "mac": mac.to_string(),
     });
     if machine == QemuMachine::Q35 {
         // Guests do not boot from the network, so the ROM is left out.
         device["romfile"] = "".into();
     }
-    options.push(QemuOption::device(merged(device, &address(machine, NIC_SLOT, place, disks + place))));
+    options.push(QemuOption::device(merged(device, &address(machine, NIC_SLOT, index, disks + index))));
 }
 
-/// Returns the place of a device: a PCI function on q35, a virtio-mmio transport on microvm.
-fn address(machine: QemuMachine, first_slot: usize, place: usize, transport: usize) -> Value {
+/// Returns the slot of a device: a PCI function on q35, a virtio-mmio transport on microvm.
+fn address(machine: QemuMachine, first_slot: usize, index: usize, transport: usize) -> Value {
     match machine {
         QemuMachine::Q35 => {
-            let (slot, function) = (first_slot + place / FUNCTIONS, place % FUNCTIONS);
+            let (slot, function) = (first_slot + index / FUNCTIONS, index % FUNCTIONS);
             let mut address = json!({ "bus": "pcie.0", "addr": format!("{slot:x}.{function}") });
             if function == 0 {
                 address["multifunction"] = true.into();

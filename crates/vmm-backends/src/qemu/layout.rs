@@ -1,5 +1,5 @@
 //! The layout of QEMU's q35 machine, equal under the daemon and under libvirt, so that a guest
-//! finds its devices in the same places.
+//! finds its devices in the same slots.
 
 /// The functions of one PCI slot.
 pub(crate) const FUNCTIONS: usize = 8;

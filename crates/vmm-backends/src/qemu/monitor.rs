@@ -167,7 +167,7 @@ impl QemuMonitor {
         let exit = process.wait().await;
         if tokio::time::timeout(DRAIN_TIMEOUT, link.wait_until_drained()).await.is_err() {
             debug!(
-                "QEMU has gone, but its connection has not ended; the watch goes on without the connection"
+                "QEMU has gone, but its connection has not ended; the monitor goes on without the connection"
             );
         }
         while let Ok(event) = self.qmp_events.try_recv() {

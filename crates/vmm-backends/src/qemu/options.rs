@@ -1,7 +1,7 @@
 //! Reads the keys of a [`VmSpec`] that concern only QEMU.
 
 use vmm_core::report::CheckReport;
-use vmm_core::spec::{BackendOption, OptionPlace, VmSpec};
+use vmm_core::spec::{BackendOption, FreeMap, VmSpec};
 
 use super::convert::QemuMachine;
 
@@ -46,21 +46,21 @@ impl<'a> VmOptions<'a> {
     pub(crate) fn read(spec: &'a VmSpec, report: &mut CheckReport) -> Self {
         let mut read = Self { machine: Some(QemuMachine::Q35), model: None };
         for option in spec.options.own(PREFIX, report) {
-            match (option.place, option.key.as_str()) {
-                (OptionPlace::Boot, MACHINE_KEY) => {
+            match (option.map, option.key.as_str()) {
+                (FreeMap::Boot, MACHINE_KEY) => {
                     read.machine = QemuMachine::named(&option.value);
                     if read.machine.is_none() {
                         report.reject(option.field(), "must be \"q35\" (the default) or \"microvm\"");
                     }
                 }
-                (OptionPlace::Cpu, MODEL_KEY) => {
+                (FreeMap::Cpu, MODEL_KEY) => {
                     let model = CpuModelOption { text: &option.value, option };
                     check_model(report, model);
                     read.model = Some(model);
                 }
-                (OptionPlace::Cpu, _) => reject_unknown(report, option, MODEL_KEY),
-                (OptionPlace::Boot, _) => reject_unknown(report, option, MACHINE_KEY),
-                (OptionPlace::Memory | OptionPlace::Disk(_) | OptionPlace::Nic(_), _) => {
+                (FreeMap::Cpu, _) => reject_unknown(report, option, MODEL_KEY),
+                (FreeMap::Boot, _) => reject_unknown(report, option, MACHINE_KEY),
+                (FreeMap::Memory | FreeMap::Disk(_) | FreeMap::Nic(_), _) => {
                     reject_unknown(report, option, "there are none");
                 }
             }

@@ -26,7 +26,6 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
 use tracing::{Instrument, debug, warn};
 
 use crate::program::Version;
@@ -76,12 +75,12 @@ pub enum QmpError {
     #[error("QEMU did not greet within {0:?}: it stands still, or another client holds its QMP socket")]
     NoGreeting(Duration),
     /// The command was not answered in time.
-    #[error("QEMU did not answer {command} within {after:?}")]
+    #[error("QEMU did not answer {command} within {timeout:?}")]
     Timeout {
         /// The command.
         command: &'static str,
         /// The time limit.
-        after: Duration,
+        timeout: Duration,
         /// True if QEMU may have read the command.
         sent: bool,
     },
@@ -175,7 +174,7 @@ impl QmpShared {
 
 impl Qmp {
     /// Connects to the socket at `path`, waits for the greeting and enters command mode, each
-    /// within `deadline`.
+    /// within `timeout`.
     ///
     /// Events go to `events`. An event is dropped with a warning in the log if `events` is full.
     ///
@@ -184,18 +183,18 @@ impl Qmp {
     /// [`QmpError::Connect`], [`QmpError::NoGreeting`], or the error that ended the connection.
     pub async fn connect(
         path: &Path,
-        deadline: Duration,
+        timeout: Duration,
         events: mpsc::Sender<QmpEvent>,
     ) -> Result<Self, QmpError> {
         let connecting = UnixStream::connect(path);
-        match timeout(deadline, connecting).await {
-            Ok(Ok(stream)) => Self::over(stream, deadline, events).await,
+        match tokio::time::timeout(timeout, connecting).await {
+            Ok(Ok(stream)) => Self::over(stream, timeout, events).await,
             Ok(Err(error)) => Err(QmpError::Connect(error)),
-            Err(_) => Err(QmpError::NoGreeting(deadline)),
+            Err(_) => Err(QmpError::NoGreeting(timeout)),
         }
     }
 
-    /// Waits for the greeting on a fresh connection and enters command mode, within `deadline`.
+    /// Waits for the greeting on a fresh connection and enters command mode, within `timeout`.
     /// Events are handled as in [`Qmp::connect`].
     ///
     /// # Errors
@@ -203,16 +202,16 @@ impl Qmp {
     /// [`QmpError::NoGreeting`], or the error that ended the connection.
     pub async fn over(
         stream: UnixStream,
-        deadline: Duration,
+        timeout: Duration,
         events: mpsc::Sender<QmpEvent>,
     ) -> Result<Self, QmpError> {
         let entering = async {
             let qmp = Self::greeted(stream, events).await?;
             // The deadline of the outer wait expires first.
-            qmp.execute_within("qmp_capabilities", Value::Null, 2 * deadline).await?;
+            qmp.execute_within("qmp_capabilities", Value::Null, 2 * timeout).await?;
             Ok(qmp)
         };
-        timeout(deadline, entering).await.unwrap_or(Err(QmpError::NoGreeting(deadline)))
+        tokio::time::timeout(timeout, entering).await.unwrap_or(Err(QmpError::NoGreeting(timeout)))
     }
 
     async fn greeted(stream: UnixStream, events: mpsc::Sender<QmpEvent>) -> Result<Self, QmpError> {
@@ -270,7 +269,7 @@ impl Qmp {
         &self,
         command: &'static str,
         arguments: Value,
-        after: Duration,
+        timeout: Duration,
     ) -> Result<Value, QmpError> {
         // The command is registered before it is written, because the answer may come before the
         // write returns.
@@ -293,8 +292,8 @@ impl Qmp {
                 Err(_) => Err(self.shared.closed_as(true)),
             }
         };
-        let answered = timeout(after, round_trip).await;
-        answered.unwrap_or(Err(QmpError::Timeout { command, after, sent }))
+        let answered = tokio::time::timeout(timeout, round_trip).await;
+        answered.unwrap_or(Err(QmpError::Timeout { command, timeout, sent }))
     }
 
     fn register(&self) -> Result<(u64, oneshot::Receiver<QmpAnswer>), QmpError> {

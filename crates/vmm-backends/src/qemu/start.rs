@@ -220,7 +220,7 @@ impl QemuLaunch {
     }
 }
 
-/// The parts of a handle and its watch.
+/// The parts of a handle and its monitor.
 pub(super) struct QemuVmmParts {
     process: Process,
     pub(super) link: Arc<QemuLink>,
@@ -243,7 +243,7 @@ impl QemuVmmParts {
         let guest = Arc::new(GuestOrders::new(runs));
         let reboot = reboot_action(spec);
         let (wanted, handle) = oneshot::channel();
-        let watch = QemuMonitor {
+        let monitor = QemuMonitor {
             process: self.process.clone(),
             link: Arc::clone(&self.link),
             guest: Arc::clone(&guest),
@@ -258,7 +258,7 @@ impl QemuVmmParts {
             compare_at: None,
         };
         let span = tracing::info_span!(parent: None, "qemu", %uid, pid = self.process.pid());
-        tokio::spawn(watch.run().instrument(span));
+        tokio::spawn(monitor.run().instrument(span));
         let vmm = QemuVmm {
             run,
             process: self.process,

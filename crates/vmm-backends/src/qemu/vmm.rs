@@ -32,7 +32,7 @@ pub(super) struct QemuVmm {
     pub(super) guest: Arc<GuestOrders>,
     pub(super) reboot: RebootAction,
     pub(super) taps: Vec<String>,
-    /// Dropped together with the handle, which ends the watch.
+    /// Dropped together with the handle, which ends the monitor.
     pub(super) _wanted: oneshot::Sender<()>,
 }
 
@@ -81,8 +81,8 @@ impl Vmm for QemuVmm {
 
     async fn probe(&self) -> Result<GuestState, BackendError> {
         if self.guest.has_shut_down() {
-            // The end of this QEMU is near and is reported by the watch, so a missing answer is no
-            // failure.
+            // The end of this QEMU is near and is reported by the monitor, so a missing answer is
+            // no failure.
             let _ = self.process.wait_for(EXIT_LIMIT).await;
         }
         let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;

@@ -1,5 +1,5 @@
-//! Conversions between messages and the domain. Configurations are converted in both directions
-//! field by field; everything else is only converted into messages.
+//! Conversions between messages and the core's types. Configurations are converted in both
+//! directions field by field; everything else is only converted into messages.
 
 use vmm_core::backend::BackendHealth;
 use vmm_core::config::{
@@ -34,7 +34,7 @@ pub(super) fn state_to_pb(state: VmState) -> pb::VmState {
     }
 }
 
-/// Returns the domain's state, or `None` for UNSPECIFIED.
+/// Returns the core's state, or `None` for UNSPECIFIED.
 fn state_from_pb(state: pb::VmState) -> Option<VmState> {
     match state {
         pb::VmState::Unspecified => None,
@@ -57,12 +57,12 @@ pub(crate) fn states_from_pb(
 ) -> Result<Vec<VmState>, Vec<FieldReport>> {
     let mut named = Vec::new();
     let mut violations = Vec::new();
-    for (place, state) in states.enumerate() {
+    for (index, state) in states.enumerate() {
         match state.and_then(state_from_pb) {
             Some(state) if named.contains(&state) => {}
             Some(state) => named.push(state),
             None => violations.push(FieldReport::new(
-                format!("{field}[{place}]"),
+                format!("{field}[{index}]"),
                 "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN",
             )),
         }

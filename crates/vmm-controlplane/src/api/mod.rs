@@ -1,4 +1,4 @@
-//! The API's handlers, which convert protobuf to the domain and back, and decide nothing.
+//! The API's handlers, which convert protobuf to the core's types and back, and decide nothing.
 //!
 //! [`vm`] has one function per method, and [`events`] has the functions of the methods about
 //! events. [`convert`] turns configurations and records into messages and back. [`capabilities`]

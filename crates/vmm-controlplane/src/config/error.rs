@@ -18,13 +18,13 @@ pub enum Origin {
     Flag(String),
     /// An environment variable.
     Variable(String),
-    /// A place in the configuration file.
+    /// A location in the configuration file.
     File {
         /// The file, as it was named.
         path: PathBuf,
         /// The line, from 1.
         line: usize,
-        /// The key as it is written there, with its section. Empty if the place is not a value.
+        /// The key as it is written there, with its section. Empty if the location is not a value.
         key: String,
     },
     /// The default, because nobody gave a value.

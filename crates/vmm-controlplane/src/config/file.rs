@@ -14,7 +14,7 @@ use toml::de::{DeTable, DeValue};
 use super::error::{ConfigError, Origin, printable};
 use super::settings::{CONFIG_KEY, Setting, nearest};
 
-/// The values found in a file, each with its place.
+/// The values found in a file, each with its location.
 pub(super) type FileValues = BTreeMap<Setting, (String, Origin)>;
 
 /// Reads a file's text. Errors are added to `errors`, and the values without errors are returned.
@@ -22,7 +22,7 @@ pub(super) fn read(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> Fi
     let (document, faults) = DeTable::parse_recoverable(text);
     let mut reader = FileReader { path, text, values: FileValues::new(), errors };
     for fault in &faults {
-        let origin = reader.place(fault.span().unwrap_or(0..0), "");
+        let origin = reader.location(fault.span().unwrap_or(0..0), "");
         reader.errors.push(ConfigError::new(
             format!("{origin}: {}", printable(fault.message())),
             None,
@@ -60,7 +60,7 @@ impl FileReader<'_> {
     }
 
     fn value(&mut self, path: &str, span: Range<usize>, value: &DeValue<'_>) {
-        let origin = self.place(span, path);
+        let origin = self.location(span, path);
         let Some(setting) = Setting::from_key(&path.replace('.', "_")) else {
             return self.unknown(path, origin);
         };
@@ -110,7 +110,7 @@ impl FileReader<'_> {
         self.errors.push(ConfigError::new(format!("{} {what}", printable(path)), origin, advice));
     }
 
-    fn place(&self, span: Range<usize>, key: &str) -> Origin {
+    fn location(&self, span: Range<usize>, key: &str) -> Origin {
         let before = self.text.as_bytes().get(..span.start).unwrap_or_default();
         let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
         Origin::File { path: self.path.to_owned(), line, key: key.to_owned() }

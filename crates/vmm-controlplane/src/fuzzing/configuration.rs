@@ -53,7 +53,7 @@ impl LoaderHost for FuzzHost<'_> {
 ///
 /// # Panics
 ///
-/// A broken promise panics, which is the finding.
+/// A broken guarantee panics, which is the finding.
 pub fn configuration(input: &[u8]) {
     let fence = input.windows(FENCE.len()).position(|window| window == FENCE);
     let (head, file) = match fence {

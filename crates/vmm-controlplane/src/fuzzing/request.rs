@@ -1,5 +1,5 @@
-//! The fuzz target for a request: from the body of a call to the domain, and on to the input of the
-//! hypervisors.
+//! The fuzz target for a request: from the body of a call to the core's types, and on to the input
+//! of the hypervisors.
 //!
 //! The input's first line names the method and the codec, `CreateVm json` or `CreateVm proto`; the
 //! rest is the body.
@@ -49,7 +49,7 @@ static BACKENDS: LazyLock<(CloudHypervisorBackend, FirecrackerBackend, QemuBacke
 ///
 /// # Panics
 ///
-/// A broken promise panics, which is the finding.
+/// A broken guarantee panics, which is the finding.
 pub fn request(input: &[u8]) {
     let Some(end) = input.iter().position(|byte| *byte == b'\n') else { return };
     let (line, body) = (&input[..end], Bytes::copy_from_slice(&input[end + 1..]));
@@ -245,7 +245,7 @@ fn kernel_words(args: &str) -> Vec<String> {
 /// Converts the request for each hypervisor that accepts it.
 fn hypervisors(spec: &VmSpec) {
     let (ch, fc, qemu) = &*BACKENDS;
-    let taps: Vec<String> = (0..spec.nics.len()).map(|place| format!("tap{place}")).collect();
+    let taps: Vec<String> = (0..spec.nics.len()).map(|index| format!("tap{index}")).collect();
     for report in [ch.check(spec), fc.check(spec), qemu.check(spec)] {
         if !report.is_ok() {
             check_report(&report);

@@ -15,10 +15,10 @@
 //! backup was restored. Therefore it is reported, and it is ended only if a person asks for that
 //! with `--kill-orphans`.
 //!
-//! A spare VMM runs no guest. Its folder bears the mark of an installation, and the daemon removes
+//! A spare VMM runs no guest. Its folder bears the mark of an instance, and the daemon removes
 //! the mark before it gives the VMM a guest. The daemon that started a spare VMM ends it, so a
 //! spare VMM without a daemon was left by a daemon that was killed. The folder of a spare VMM that
-//! was promised to a VM on record belongs to that VM.
+//! was reserved for a VM on record belongs to that VM.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -267,7 +267,7 @@ impl DecisionRules<'_> {
     fn of_known_vm(&self, user: &FolderUser, record: &VmRecord) -> ReasonedDecision {
         // The VMM that the record names is kept. If an operation is under way or the VM is
         // unreachable, the record is about to change, and the daemon will settle it. A VM without a
-        // run may have been promised a spare VMM; that one waits beside a daemon, and without a
+        // run may have reserved a spare VMM; that one waits beside a daemon, and without a
         // daemon the same rules hold as for every spare VMM. Any other VMM in the folder
         // contradicts the record. It is reported and not removed, because the daemon ends it at the
         // VM's next boot.
@@ -282,9 +282,9 @@ impl DecisionRules<'_> {
                 format!("in the folder of VM {vm}, which the daemon is about to settle"),
             );
         }
-        let promised = if on_record.is_none() { self.mark(record.uid) } else { None };
+        let reserved = if on_record.is_none() { self.mark(record.uid) } else { None };
         if let Some(mark) =
-            promised.filter(|mark| Some(mark.instance) == self.facts.instance && commands(user, record.uid))
+            reserved.filter(|mark| Some(mark.instance) == self.facts.instance && commands(user, record.uid))
         {
             let waits = || (ItemDecision::Keep, format!("a spare VMM, which waits for the boot of VM {vm}"));
             return if self.facts.daemon { waits() } else { self.spare(mark) };

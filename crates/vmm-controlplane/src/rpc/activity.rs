@@ -37,7 +37,7 @@ pub(super) struct IdleTimeouts {
 }
 
 /// The activity of one connection. It is shared between the connection's task, its requests, and
-/// the admission of other connections.
+/// the choice of the connection to close.
 pub(super) struct ConnectionActivity {
     state: Mutex<ActivityState>,
     changed: Notify,

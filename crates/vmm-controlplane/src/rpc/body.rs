@@ -43,8 +43,8 @@ const VITAL_BYTES: usize = 1 << 20;
 /// The limits of all bodies of one server.
 pub(super) struct BodyLimits {
     limit: usize,
-    pause: Duration,
-    whole: Duration,
+    pause_limit: Duration,
+    body_limit: Duration,
     bytes: Arc<Semaphore>,
     vital_bytes: Arc<Semaphore>,
 }
@@ -53,8 +53,8 @@ impl BodyLimits {
     pub(super) fn new(options: &ServeOptions) -> Self {
         Self {
             limit: options.max_body_bytes(),
-            pause: options.body_idle_timeout,
-            whole: options.body_timeout,
+            pause_limit: options.body_idle_timeout,
+            body_limit: options.body_timeout,
             bytes: Arc::new(Semaphore::new(options.max_bytes_in_flight)),
             vital_bytes: Arc::new(Semaphore::new(VITAL_BYTES)),
         }
@@ -80,10 +80,10 @@ impl BodyLimits {
         let mut request = request.map(|inner| {
             Body::new(LimitedBody {
                 inner: LengthLimitedBody::new(inner, self.limit, patience),
-                pause: self.pause,
-                paused: Box::pin(time::sleep(self.pause)),
-                whole: self.whole,
-                end: Box::pin(time::sleep(self.whole)),
+                pause_limit: self.pause_limit,
+                paused: Box::pin(time::sleep(self.pause_limit)),
+                body_limit: self.body_limit,
+                end: Box::pin(time::sleep(self.body_limit)),
                 stores,
                 reading: reading.clone(),
             })
@@ -168,15 +168,15 @@ impl BodyFault {
 impl fmt::Display for BodyFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Stalled(pause) => write!(
+            Self::Stalled(pause_limit) => write!(
                 f,
                 "no more of the request's body came for {} s; send it again, without a pause",
-                pause.as_secs_f64()
+                pause_limit.as_secs_f64()
             ),
-            Self::TooSlow(whole) => write!(
+            Self::TooSlow(body_limit) => write!(
                 f,
                 "the request's body did not arrive within {} s; send it again over a faster connection",
-                whole.as_secs_f64()
+                body_limit.as_secs_f64()
             ),
             Self::NoMemory => f.write_str(
                 "the daemon has no memory left for the body of this request, because the bodies of other requests \
@@ -192,9 +192,9 @@ impl std::error::Error for BodyFault {}
 /// that is not there.
 struct LimitedBody<B> {
     inner: LengthLimitedBody<B>,
-    pause: Duration,
+    pause_limit: Duration,
     paused: Pin<Box<Sleep>>,
-    whole: Duration,
+    body_limit: Duration,
     end: Pin<Box<Sleep>>,
     stores: Vec<Arc<Semaphore>>,
     reading: BodyReading,
@@ -216,7 +216,7 @@ where
         // The whole time is checked before the inner body, because a peer that always has one more
         // piece ready would otherwise never be stopped.
         if this.end.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Some(Err(this.reading.give_up(BodyFault::TooSlow(this.whole)).into())));
+            return Poll::Ready(Some(Err(this.reading.give_up(BodyFault::TooSlow(this.body_limit)).into())));
         }
         // Progress is measured by the bytes that `LengthLimitedBody` has seen and not by the frames
         // that it hands out. Beyond the limit `LengthLimitedBody` reads pieces and returns
@@ -227,12 +227,12 @@ where
         let before = this.inner.seen;
         let polled = Pin::new(&mut this.inner).poll_frame(cx);
         if this.inner.seen > before {
-            this.paused.as_mut().reset(Instant::now() + this.pause);
+            this.paused.as_mut().reset(Instant::now() + this.pause_limit);
         }
         match polled {
             Poll::Pending => {
                 ready!(this.paused.as_mut().poll(cx));
-                Poll::Ready(Some(Err(this.reading.give_up(BodyFault::Stalled(this.pause)).into())))
+                Poll::Ready(Some(Err(this.reading.give_up(BodyFault::Stalled(this.pause_limit)).into())))
             }
             Poll::Ready(Some(Ok(frame))) => {
                 let bytes = frame.data_ref().map_or(0, Bytes::len);
@@ -349,7 +349,7 @@ mod tests {
         let body = LengthLimitedBody::new(StreamBody::new(source), 25, patience);
         let result = Limited::new(body, 25).collect().await;
         let result = match result {
-            Ok(whole) => Ok(whole.to_bytes().len()),
+            Ok(collected) => Ok(collected.to_bytes().len()),
             Err(error) => {
                 assert!(error.is::<LengthLimitError>());
                 Err(())

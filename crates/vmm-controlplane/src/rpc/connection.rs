@@ -8,8 +8,8 @@
 //!                                └── no answer to a ping (HTTP/2)
 //! ```
 //!
-//! The module [`admission`](super::admission) decides which connections get a place. The module
-//! [`activity`](super::activity) computes how long a connection may be idle.
+//! The module [`connection_slots`](super::connection_slots) decides which connections get a slot.
+//! The module [`activity`](super::activity) computes how long a connection may be idle.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -35,14 +35,14 @@ use vmm_host::descriptors;
 
 use super::ServeOptions;
 use super::activity::{ConnectionActivity, IdleTimeouts, WatchedStream};
-use super::admission::ConnectionAdmission;
 use super::body::BodyLimits;
+use super::connection_slots::ConnectionSlots;
 use super::vital::{self, ScarceResource};
 
 /// The first bytes that every HTTP/2 client sends.
 const H2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// The interval between two looks at a preface that arrived in pieces, which hardly ever happens.
+/// The interval between two checks of a preface that arrived in pieces, which hardly ever happens.
 const PREFACE_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The pause after the kernel refused a connection, usually for want of file descriptors.
@@ -52,7 +52,7 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// idleness or makes room.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The number of connections without a place that are served at once.
+/// The number of connections without a slot that are served at once.
 const LAST_RESORT: usize = 32;
 
 /// The timeouts of a connection of last resort. They are short because a forced call is answered
@@ -130,8 +130,8 @@ async fn accept(
     last_resort: &Arc<Semaphore>,
 ) -> (TcpStream, SocketAddr, Option<OwnedSemaphorePermit>) {
     // The permit is taken before the connection is accepted, because only after the accept is it
-    // known whether the connection gets a place. So there is always room to serve it as a last
-    // resort, and at most LAST_RESORT connections without a place exist at once. Further clients
+    // known whether the connection gets a slot. So there is always room to serve it as a last
+    // resort, and at most LAST_RESORT connections without a slot exist at once. Further clients
     // wait in the kernel's backlog. `ok()` hides only the error of a closed semaphore. Nobody
     // closes it, and without a permit the connection would be served all the same.
     let permit = Arc::clone(last_resort).acquire_owned().await.ok();
@@ -151,7 +151,7 @@ struct ServerState {
     app: axum::Router,
     http: auto::Builder<TokioExecutor>,
     draining: watch::Receiver<bool>,
-    admission: Arc<ConnectionAdmission>,
+    slots: Arc<ConnectionSlots>,
     patience: IdleTimeouts,
     bodies: BodyLimits,
     requests: Arc<Semaphore>,
@@ -173,13 +173,13 @@ impl ServerState {
         http.http2()
             .timer(TokioTimer::new())
             .max_concurrent_streams(options.max_streams)
-            .keep_alive_interval(options.keepalive)
-            .keep_alive_timeout(options.keepalive);
+            .keep_alive_interval(options.keepalive_interval)
+            .keep_alive_timeout(options.keepalive_interval);
         Self {
             app,
             http,
             draining,
-            admission: ConnectionAdmission::new(options.max_connections, options.max_connections_per_peer),
+            slots: ConnectionSlots::new(options.max_connections, options.max_connections_per_peer),
             patience: IdleTimeouts {
                 header: options.header_timeout,
                 idle: options.idle_timeout,
@@ -190,7 +190,7 @@ impl ServerState {
         }
     }
 
-    /// Serves one connection to its end, with a place of its own or as a last resort.
+    /// Serves one connection to its end, with a slot of its own or as a last resort.
     async fn serve(
         self: Arc<Self>,
         stream: TcpStream,
@@ -199,11 +199,11 @@ impl ServerState {
     ) {
         let _descriptor = descriptors::CountedClient::new();
         let activity = ConnectionActivity::new();
-        // A connection with a place returns its permit at once, because the permits are for
-        // connections without one. A connection without a place keeps its permit to its end. Its
+        // A connection with a slot returns its permit at once, because the permits are for
+        // connections without one. A connection without a slot keeps its permit to its end. Its
         // own timeouts are short, and LAST_RESORT_TIME bounds it as a whole, because a peer that
         // sends a body slowly could otherwise hold one of the few permits for long.
-        if let Some(_place) = self.admission.admit(peer, &activity) {
+        if let Some(_slot) = self.slots.admit(peer, &activity) {
             drop(permit);
             let connection = ConnectionFacts { peer, activity, is_last_resort: false };
             return self.serve_http(stream, &connection, self.patience).await;
@@ -252,8 +252,8 @@ impl ServerState {
         // the drain timeout. (3) The activity changed: the loop computes the deadline anew. (4) The
         // deadline is reached. A request that begins sends no notice, so the deadline that this
         // turn sleeps for may be outdated, and it is computed once more before the connection is
-        // closed. (5) Admission evicts this connection. `Notify` keeps a notice that comes while
-        // nobody waits, so neither (3) nor (5) is lost between two turns.
+        // closed. (5) Another connection takes the slot of this connection. `Notify` keeps a notice
+        // that comes while nobody waits, so neither (3) nor (5) is lost between two turns.
         let mut is_draining = false;
         loop {
             let deadline = connection.activity.deadline(patience);
@@ -302,7 +302,7 @@ impl ServerState {
         // counts as a request until its last byte has been sent.
         let permit = Arc::clone(&self.requests).try_acquire_owned().ok();
         let scarcity = match &permit {
-            _ if connection.is_last_resort => Some(ScarceResource::NoPlace),
+            _ if connection.is_last_resort => Some(ScarceResource::NoSlot),
             None => Some(ScarceResource::TooManyRequests),
             Some(_) => None,
         };

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!   socket ── connection.rs   header timeouts, idle time, keep-alive pings, drain at shutdown
-//!      │      ├ admission.rs   places, shares of peers, the last resort for health and force
+//!      │      ├ connection_slots.rs   shares of peers, and the last resort for health and force
 //!      │      └ activity.rs    the time since when a connection is idle
 //!      │
 //!      ├───── body.rs         timeouts and memory; reads a body that is too long to its end
@@ -31,10 +31,10 @@
 //! No answer carries CORS headers, so a browser keeps pages of other origins away from the API.
 
 mod activity;
-mod admission;
 mod body;
 mod builtin;
 mod connection;
+mod connection_slots;
 pub(crate) mod entries;
 pub mod error;
 mod failure_log;
@@ -137,8 +137,9 @@ fn rpc_service(
         .with_max_request_body_size(options.max_body_bytes());
     // A call without a deadline gets the longest one, so that nothing holds a connection for ever.
     // A stream is bounded only until its first message, because a watch is meant to last.
-    let deadlines =
-        DeadlinePolicy::new().with_max(options.max_deadline).with_default_timeout(options.max_deadline);
+    let deadlines = DeadlinePolicy::new()
+        .with_max(options.max_call_timeout)
+        .with_default_timeout(options.max_call_timeout);
     Ok(ConnectRpcService::new(router)
         .with_limits(limits)
         .with_deadline_policy(deadlines)

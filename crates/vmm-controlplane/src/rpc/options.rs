@@ -29,7 +29,7 @@ pub struct ServeOptions {
     /// The time that a client may take to send a request's head. Default: 10 s.
     pub header_timeout: Duration,
     /// The time for which a connection may be idle between two requests, if no other connection
-    /// needs its place. Default: 120 s.
+    /// needs its slot. Default: 120 s.
     ///
     /// The default is longer than the 60 to 75 s of usual proxies, so that proxies close first and
     /// never send into a closing connection.
@@ -41,14 +41,14 @@ pub struct ServeOptions {
     /// The memory for the bodies of all requests under way, in bytes. Default: 64 MiB.
     pub max_bytes_in_flight: usize,
     /// The longest deadline of a call, and the deadline of a call that names none. Default: 1 h.
-    pub max_deadline: Duration,
+    pub max_call_timeout: Duration,
     /// The time for which calls under way may go on after the shutdown signal. Default: 10 s.
     pub drain_timeout: Duration,
-    /// The number of connections that have a place of their own. Beyond that number a new
-    /// connection takes the place of an idle one. If none is idle, only health and force are
+    /// The number of connections that have a slot of their own. Beyond that number a new
+    /// connection takes the slot of an idle one. If none is idle, only health and force are
     /// served. Default: 1024.
     pub max_connections: usize,
-    /// The number of places for one peer that is another host. Default: 256.
+    /// The number of slots for one peer that is another host. Default: 256.
     pub max_connections_per_peer: usize,
     /// The number of streams that one HTTP/2 connection may have open. Default: 1000.
     pub max_streams: u32,
@@ -56,7 +56,7 @@ pub struct ServeOptions {
     pub max_requests: usize,
     /// The interval between the pings to an HTTP/2 peer, and the time that the peer has to answer
     /// one. Default: 20 s.
-    pub keepalive: Duration,
+    pub keepalive_interval: Duration,
 }
 
 impl ServeOptions {
@@ -79,13 +79,13 @@ impl Default for ServeOptions {
             body_idle_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(60),
             max_bytes_in_flight: 64 << 20,
-            max_deadline: Duration::from_secs(3600),
+            max_call_timeout: Duration::from_secs(3600),
             drain_timeout: Duration::from_secs(10),
             max_connections: 1024,
             max_connections_per_peer: 256,
             max_streams: 1000,
             max_requests: 4096,
-            keepalive: Duration::from_secs(20),
+            keepalive_interval: Duration::from_secs(20),
         }
     }
 }

@@ -106,7 +106,7 @@ impl Interceptor for JsonShapeInterceptor {
     }
 }
 
-/// The place where the walk is, and the violations found so far.
+/// The point that the walk has reached, and the violations found so far.
 struct ShapeReport {
     path: String,
     violations: Vec<(String, String)>,
@@ -149,14 +149,14 @@ impl ShapeReport {
     }
 }
 
-/// The kind of value that the `.proto` defines for a place.
+/// The kind of value that the `.proto` defines for a JSON value.
 #[derive(Clone, Copy)]
 enum ExpectedKind<'a> {
     Message(&'a MessageDescriptor),
     List(SingularKind),
     Map(SingularKind),
     Value(PlainType<'a>),
-    /// Any value: the place is below an unknown field.
+    /// Any value: the value is below an unknown field.
     Anything,
 }
 
@@ -169,7 +169,7 @@ impl<'a> ExpectedKind<'a> {
         }
     }
 
-    /// Describes the expected value, for a violation at a place where another kind of value stands.
+    /// Describes the expected value, for a violation at a point where another kind of value stands.
     fn description(self) -> String {
         match self {
             Self::Message(_) | Self::Map(_) => "an object is expected: write { … }".to_owned(),
@@ -188,7 +188,7 @@ impl<'a> ExpectedKind<'a> {
     }
 }
 
-/// One step of the walk: a place in the JSON and the kind of value expected there.
+/// One step of the walk: a point in the JSON and the kind of value expected there.
 ///
 /// `serde_json` calls the visitor method that fits the value in the text. Each method adds
 /// violations to the report and returns `Ok`, so that the walk goes on and finds the other
@@ -215,7 +215,7 @@ impl<'de> Visitor<'de> for ShapeStep<'_, '_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        // An object in a wrong place is one violation. Its members are still read, because the text
+        // An object at a wrong point is one violation. Its members are still read, because the text
         // behind it must be walked too, but `member` checks nothing in them.
         if matches!(self.expected, ExpectedKind::List(_) | ExpectedKind::Value(_)) {
             self.report.add(format!("is an object where {}", self.expected.description()));

@@ -4,7 +4,7 @@ use http::HeaderMap;
 
 const HEADER: &str = "traceparent";
 
-/// The caller's place in its trace.
+/// The caller's span in its trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TraceParent<'a> {
     /// The trace, 32 hexadecimal digits.

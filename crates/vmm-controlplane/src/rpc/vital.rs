@@ -30,7 +30,7 @@ pub(super) fn is_health(path: &str) -> bool {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum ScarceResource {
     /// The request came on a connection of last resort.
-    NoPlace,
+    NoSlot,
     /// The limit on requests is reached.
     TooManyRequests,
 }
@@ -38,7 +38,7 @@ pub(super) enum ScarceResource {
 impl ScarceResource {
     fn error(self) -> ConnectError {
         ConnectError::resource_exhausted(match self {
-            Self::NoPlace => {
+            Self::NoSlot => {
                 "every connection that the daemon serves, or that this client may have, is in use: close some, or try \
                  again later; until then only the health pages, and ShutdownVm and DeleteVm with force, are served"
             }

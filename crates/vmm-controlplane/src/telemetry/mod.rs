@@ -76,9 +76,14 @@ fn report_dropped(dropped: u64) {
 
 fn log_panic(panic: &PanicHookInfo<'_>) {
     let text = panic.payload_as_str().unwrap_or("no message");
-    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    let location = panic.location().map(ToString::to_string).unwrap_or_default();
     // RUST_BACKTRACE decides whether a backtrace is captured.
     let backtrace = Backtrace::capture();
     let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| backtrace.to_string());
-    tracing::error!(panic = text, place, backtrace, "a thread panicked, which is a defect of this program");
+    tracing::error!(
+        panic = text,
+        place = location,
+        backtrace,
+        "a thread panicked, which is a defect of this program"
+    );
 }

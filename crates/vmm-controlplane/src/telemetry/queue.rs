@@ -85,12 +85,12 @@ impl LogQueue {
         self.0.changed.notify_all();
     }
 
-    /// Waits until every line has been written, for at most `patience`.
-    pub(super) fn flush(&self, patience: Duration) {
+    /// Waits until every line has been written, for at most `timeout`.
+    pub(super) fn flush(&self, timeout: Duration) {
         let unwritten = |state: &mut LogQueueState| state.writing || !state.lines.is_empty();
         // The result is ignored, because the caller ends in any case: after the last line, after a
         // timeout and after a poisoned lock.
-        let _written = self.0.changed.wait_timeout_while(self.state(), patience, unwritten);
+        let _written = self.0.changed.wait_timeout_while(self.state(), timeout, unwritten);
     }
 
     fn write_forever(&self, mut out: impl Write, report: impl Fn(u64)) {

@@ -12,7 +12,7 @@ use vmm_testkit::guests::TinyGuest;
 use crate::harness::{Answer, World, eventually, is_alive, signal, try_call, vmm_pid};
 use crate::hypervisor::{Backend, ip};
 use crate::inspect;
-use crate::scenario::{BOOT, Call, PAUSED, Place, RUNNING, SHUT_DOWN, Scenario, VMM_COMES, VMM_DIES};
+use crate::scenario::{BOOT, Call, PAUSED, RUNNING, SHUT_DOWN, Scenario, VMM_COMES, VMM_DIES, VmCondition};
 use crate::stage::{Hand, Stage, name_at};
 
 /// How many spare VMMs the daemon keeps.
@@ -104,7 +104,7 @@ impl Case {
         }
         self.world.start();
         self.find_witness();
-        if self.scenario.from == Place::Nowhere {
+        if self.scenario.from == VmCondition::Nowhere {
             return;
         }
         if self.is_imported() {
@@ -121,7 +121,8 @@ impl Case {
                 self.acknowledge(call.method);
             }
             if call.method == BOOT.method && self.hypervisor.is_placed() {
-                // A guest that is not up hears nothing, and what it has not said yet a reset may lose.
+                // A guest that is not up hears nothing, and what it has not said yet a reset may
+                // lose.
                 self.wait_for_banner(1);
             }
         }
@@ -205,7 +206,8 @@ impl Case {
         eventually("no TAP is left", || self.tap_numbers().is_empty());
     }
 
-    /// The VM does as it is told. It is booted again where that is cheap, or where nothing else would tell.
+    /// The VM does as it is told. It is booted again where that is cheap, or where nothing else
+    /// would tell.
     fn use_it(&mut self) {
         let state = self.world.info(&self.vm)["state"].clone();
         if self.hypervisor.is_placed() && (state == "VM_STATE_RUNNING" || state == "VM_STATE_PAUSED") {
@@ -215,7 +217,7 @@ impl Case {
             inspect::settled(self, &[PAUSED]);
             return;
         }
-        if self.hypervisor == Backend::Libvirt && self.scenario.to == Place::Nowhere {
+        if self.hypervisor == Backend::Libvirt && self.scenario.to == VmCondition::Nowhere {
             return;
         }
         if state != "VM_STATE_CREATED" {
@@ -281,7 +283,8 @@ impl Case {
         }
     }
 
-    /// Ends a VM and deletes everything of it. Not by force, under which a TAP has less time to go than a busy kernel needs.
+    /// Ends a VM and deletes everything of it. Not by force, under which a TAP has less time to go
+    /// than a busy kernel needs.
     pub(crate) fn delete(&self, vm_id: &str) {
         if self.world.info(vm_id)["state"] != "VM_STATE_CREATED" {
             self.world.call("ShutdownVm", &json!({"vm_id": vm_id, "force": true})).ok();
@@ -336,7 +339,8 @@ impl Case {
         try_call(self.world.url(), to.method, &self.body(to)).ok()
     }
 
-    /// Has happen what no client calls for; says whether `call` is of that kind. Where a VMM has to wait for a call, it does then.
+    /// Has happen what no client calls for; says whether `call` is of that kind. Where a VMM has to
+    /// wait for a call, it does then.
     fn befalls(&self, call: Call) -> bool {
         if call.method == VMM_DIES.method {
             signal(vmm_pid(&self.world.info(&self.vm)), Signal::KILL);

@@ -10,20 +10,21 @@ use vmm_testkit::guests::TinyGuest;
 use crate::case::Case;
 use crate::harness::{Answer, World, eventually, try_call, vmm_pid};
 use crate::hypervisor::Backend;
-use crate::scenario::{CREATED, PAUSED, Place, RUNNING};
+use crate::scenario::{CREATED, PAUSED, RUNNING, VmCondition};
 
 /// Longer than anything that was interrupted takes to settle on a busy machine.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The phases of a VM with nothing under way.
 const AT_REST: [&str; 5] = ["created", "running", "paused", "stopped", "failed"];
 
-/// Waits until nothing is under way any more, and the VM is in one of the `allowed` places, as the host shows it too.
+/// Waits until nothing is under way any more, and the VM is in one of the `allowed` conditions, as
+/// the host shows it too.
 #[track_caller]
-pub(crate) fn settled(case: &Case, allowed: &[Place]) -> Place {
+pub(crate) fn settled(case: &Case, allowed: &[VmCondition]) -> VmCondition {
     let deadline = Instant::now() + SETTLE_TIMEOUT;
     loop {
         let doubt = match look_for(case, allowed) {
-            Ok(place) => return place,
+            Ok(condition) => return condition,
             Err(doubt) => doubt,
         };
         if Instant::now() > deadline {
@@ -37,38 +38,39 @@ pub(crate) fn settled(case: &Case, allowed: &[Place]) -> Place {
     }
 }
 
-/// Where the VM is, if it has settled in one of the `allowed` places; or why that cannot be said.
-pub(crate) fn look_for(case: &Case, allowed: &[Place]) -> Result<Place, String> {
+/// Where the VM is, if it has settled in one of the `allowed` conditions; or why that cannot be
+/// said.
+pub(crate) fn look_for(case: &Case, allowed: &[VmCondition]) -> Result<VmCondition, String> {
     let answer = try_call(case.world.url(), "GetVmInfo", &json!({"vm_id": case.vm}));
     match look(case, answer.map_err(|error| error.to_string())?) {
-        (place, None) if allowed.contains(&place) => match doubt_elsewhere(case, place) {
-            None => Ok(place),
+        (condition, None) if allowed.contains(&condition) => match doubt_elsewhere(case, condition) {
+            None => Ok(condition),
             Some(doubt) => Err(doubt),
         },
-        (place, None) => Err(format!("{place:?} is not among {allowed:?}")),
+        (condition, None) => Err(format!("{condition:?} is not among {allowed:?}")),
         (_, Some(doubt)) => Err(doubt),
     }
 }
 
 /// Where the API says that the VM is, and what on the host says otherwise.
-fn look(case: &Case, answer: Answer) -> (Place, Option<String>) {
+fn look(case: &Case, answer: Answer) -> (VmCondition, Option<String>) {
     if answer.status != 200 {
         assert_eq!(answer.body["code"], "not_found", "{}", answer.body);
         let strays = case.acknowledged.iter().find(|(uid, _)| folder(&case.world, uid).exists());
-        return (Place::Nowhere, strays.map(|(uid, _)| format!("the folder of {uid} is left")));
+        return (VmCondition::Nowhere, strays.map(|(uid, _)| format!("the folder of {uid} is left")));
     }
     let info = answer.body;
-    let place = match info["state"].as_str() {
+    let condition = match info["state"].as_str() {
         Some("VM_STATE_CREATED") => CREATED,
         Some("VM_STATE_RUNNING") => RUNNING,
         Some("VM_STATE_PAUSED") => PAUSED,
         Some("VM_STATE_SHUTDOWN") => crate::scenario::SHUT_DOWN,
         other => panic!("{other:?} is no state"),
     };
-    (place, doubt(case, &info, place))
+    (condition, doubt(case, &info, condition))
 }
 
-fn doubt(case: &Case, info: &Value, place: Place) -> Option<String> {
+fn doubt(case: &Case, info: &Value, condition: VmCondition) -> Option<String> {
     let phase = info["status"]["phase"].as_str().unwrap_or_default();
     if !AT_REST.contains(&phase) {
         return Some(format!("it is still {phase}"));
@@ -79,53 +81,56 @@ fn doubt(case: &Case, info: &Value, place: Place) -> Option<String> {
         return None;
     }
     let users = users_of(&folder);
-    if ![RUNNING, PAUSED].contains(&place) {
-        if case.scenario.with_spare && place == CREATED && users.len() == 1 {
+    if ![RUNNING, PAUSED].contains(&condition) {
+        if case.scenario.with_spare && condition == CREATED && users.len() == 1 {
             // It waits for BootVm.
             return None;
         }
-        return (!users.is_empty()).then(|| format!("{place:?}, and processes {users:?} are its VMM"));
+        return (!users.is_empty()).then(|| format!("{condition:?}, and processes {users:?} are its VMM"));
     }
     if users != [vmm_pid(info)] {
         return Some(format!("its VMM is {}, and processes {users:?} use its folder", vmm_pid(info)));
     }
     if case.hypervisor == Backend::Fake {
         let guest = fs::read_to_string(folder.join(vmm_testkit::fake::qemu::STATE)).unwrap_or_default();
-        let expected = if place == RUNNING { "running" } else { "paused" };
-        return (guest != expected).then(|| format!("{place:?}, and its guest is {guest}"));
+        let expected = if condition == RUNNING { "running" } else { "paused" };
+        return (guest != expected).then(|| format!("{condition:?}, and its guest is {guest}"));
     }
     None
 }
 
-/// What those say otherwise who run the VM for the daemon: the VMM that was started by hand, or libvirt.
-fn doubt_elsewhere(case: &Case, place: Place) -> Option<String> {
-    let wanted = match place {
+/// What those say otherwise who run the VM for the daemon: the VMM that was started by hand, or
+/// libvirt.
+fn doubt_elsewhere(case: &Case, condition: VmCondition) -> Option<String> {
+    let wanted = match condition {
         RUNNING => "running",
         PAUSED => "paused",
-        Place::In(_) | Place::Nowhere => "",
+        VmCondition::In(_) | VmCondition::Nowhere => "",
     };
     if let Some(hand) = &case.hand {
         let (state, pid) = (hand.guest_state(), hand.pid());
         if wanted.is_empty() {
             let runs = ["running", "paused", "silent"].contains(&state.as_str());
-            return runs.then(|| format!("{place:?}, and the VMM {pid:?} says that its guest is {state}"));
+            return runs
+                .then(|| format!("{condition:?}, and the VMM {pid:?} says that its guest is {state}"));
         }
         let known = vmm_pid(&case.world.info(&case.vm));
         let right = state == wanted && pid == Some(known);
-        return (!right).then(|| format!("{place:?} in process {known}, and the VMM {pid:?} is {state}"));
+        return (!right).then(|| format!("{condition:?} in process {known}, and the VMM {pid:?} is {state}"));
     }
     let libvirtd = case.stage.libvirtd.as_ref()?;
     let qemus = case.stage.qemus(vmm_pid(&case.witness));
     if wanted.is_empty() {
-        return (!qemus.is_empty()).then(|| format!("{place:?}, and libvirt runs {qemus:?}"));
+        return (!qemus.is_empty()).then(|| format!("{condition:?}, and libvirt runs {qemus:?}"));
     }
     let known = vmm_pid(&case.world.info(&case.vm));
     let state = libvirtd.try_virsh(&["domstate", &case.vm]);
     let right = state.as_deref() == Ok(wanted) && qemus == [known];
-    (!right).then(|| format!("{place:?} in process {known}, and libvirt says {state:?} of {qemus:?}"))
+    (!right).then(|| format!("{condition:?} in process {known}, and libvirt says {state:?} of {qemus:?}"))
 }
 
-/// A guest that resets itself would end its run, as its policy has it: what a reset of ours needed is taken back.
+/// A guest that resets itself would end its run, as its policy has it: what a reset of ours needed
+/// is taken back.
 #[track_caller]
 pub(crate) fn resets_end_it(case: &Case) {
     let Some(libvirtd) = &case.stage.libvirtd else { return };
@@ -168,7 +173,8 @@ pub(crate) fn acknowledged(case: &Case) {
     events(case);
 }
 
-/// The log of each creation: it begins with the creation, every operation that began has ended, and the last word is the truth.
+/// The log of each creation: it begins with the creation, every operation that began has ended, and
+/// the last word is the truth.
 #[track_caller]
 pub(crate) fn events(case: &Case) {
     let log = log(case);
@@ -200,7 +206,8 @@ fn log(case: &Case) -> Value {
     listed.get("events").cloned().unwrap_or_else(|| json!([]))
 }
 
-/// The program's own ledger finds nothing on the host without an owner. It knows no hypervisors, so the fake stands for all.
+/// The program's own ledger finds nothing on the host without an owner. It knows no hypervisors, so
+/// the fake stands for all.
 #[track_caller]
 pub(crate) fn ledger(case: &Case) {
     if case.hypervisor != Backend::Fake {
@@ -216,7 +223,7 @@ pub(crate) fn ledger(case: &Case) {
 
 /// The VM's disk serves it while it runs, and is free otherwise.
 #[track_caller]
-pub(crate) fn claims(case: &mut Case, place: Place) {
+pub(crate) fn claims(case: &mut Case, condition: VmCondition) {
     const RIVAL: &str = "rival";
     if case.hypervisor != Backend::Fake {
         return;
@@ -227,7 +234,7 @@ pub(crate) fn claims(case: &mut Case, place: Place) {
     let _ = fs::File::options().append(true).create(true).open(disk);
     case.create_as(RIVAL, &config);
     let booted = case.world.call("BootVm", &json!({"vm_id": RIVAL}));
-    if [RUNNING, PAUSED].contains(&place) {
+    if [RUNNING, PAUSED].contains(&condition) {
         let message = booted.error("failed_precondition");
         assert!(message.contains(&format!("\"{}\"", case.vm)), "{message}");
     } else {

@@ -1,4 +1,5 @@
-//! The operations, the states that they begin from, and where the VM may be once they were cut short.
+//! The operations, the states that they begin from, and where the VM may be once they were cut
+//! short.
 
 use serde_json::{Value, json};
 
@@ -42,24 +43,25 @@ const DELETE_BY_FORCE: Call = Call::with("DeleteVm", r#"{"force": true}"#);
 /// With a guest that is deaf: what follows the asking comes soon.
 const SHUTDOWN_SOON: Call = Call::with("ShutdownVm", r#"{"timeout_seconds": 1}"#);
 
-/// What happens of itself: the VMM is killed, and where the restart policy says so another is started.
+/// What happens of itself: the VMM is killed, and where the restart policy says so another is
+/// started.
 pub(crate) const VMM_DIES: Call = Call::new("(its VMM dies)");
 /// What somebody else does: a VM is started where none ran.
 pub(crate) const VMM_COMES: Call = Call::new("(a VMM comes)");
 
 /// Where a VM is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum VmCondition {
     /// There is no such VM.
     Nowhere,
     /// In this state.
     In(&'static str),
 }
 
-pub(crate) const CREATED: Place = Place::In("VM_STATE_CREATED");
-pub(crate) const RUNNING: Place = Place::In("VM_STATE_RUNNING");
-pub(crate) const PAUSED: Place = Place::In("VM_STATE_PAUSED");
-pub(crate) const SHUT_DOWN: Place = Place::In("VM_STATE_SHUTDOWN");
+pub(crate) const CREATED: VmCondition = VmCondition::In("VM_STATE_CREATED");
+pub(crate) const RUNNING: VmCondition = VmCondition::In("VM_STATE_RUNNING");
+pub(crate) const PAUSED: VmCondition = VmCondition::In("VM_STATE_PAUSED");
+pub(crate) const SHUT_DOWN: VmCondition = VmCondition::In("VM_STATE_SHUTDOWN");
 
 const PLACED: &[Backend] = &Backend::PLACED;
 /// Those that the daemon starts.
@@ -103,8 +105,8 @@ pub(crate) struct Scenario {
     /// What leads to where it begins; CreateVm comes first of itself.
     pub(crate) before: &'static [Call],
     pub(crate) call: Call,
-    pub(crate) from: Place,
-    pub(crate) to: Place,
+    pub(crate) from: VmCondition,
+    pub(crate) to: VmCondition,
     /// Where it is tried, beside the fake.
     on: &'static [Backend],
     /// Whether the fake is left out.
@@ -115,7 +117,8 @@ pub(crate) struct Scenario {
     pub(crate) stands_still: bool,
     /// Whether a guest that resets itself is to stay down.
     pub(crate) no_resets: bool,
-    /// The code of the refusal that is the right answer, of an operation that the hypervisor cannot do; empty for success.
+    /// The code of the refusal that is the right answer, of an operation that the hypervisor cannot
+    /// do; empty for success.
     pub(crate) refusal: &'static str,
     /// The only point to be tried; empty for all.
     pub(crate) only: &'static str,
@@ -126,7 +129,13 @@ pub(crate) struct Scenario {
 }
 
 impl Scenario {
-    const fn new(name: &'static str, before: &'static [Call], call: Call, from: Place, to: Place) -> Self {
+    const fn new(
+        name: &'static str,
+        before: &'static [Call],
+        call: Call,
+        from: VmCondition,
+        to: VmCondition,
+    ) -> Self {
         Self {
             name,
             script: "",
@@ -200,7 +209,7 @@ impl Scenario {
     }
 
     pub(crate) const ALL: &[Self] = &[
-        Self::new("create", &[], CREATE, Place::Nowhere, CREATED).on(WHERE_CREATED),
+        Self::new("create", &[], CREATE, VmCondition::Nowhere, CREATED).on(WHERE_CREATED),
         Self::new("boot", &[], BOOT, CREATED, RUNNING).on(WHERE_CREATED),
         Self::new("boot after shutdown", &[BOOT, SHUTDOWN_BY_FORCE], BOOT, SHUT_DOWN, RUNNING)
             .on(&[Backend::AttachedFirecracker]),
@@ -235,21 +244,33 @@ impl Scenario {
             .without_resets(),
         Self::new("reboot, twice", &[BOOT], REBOOT, RUNNING, RUNNING).twice(),
         Self::new("restart by policy", &[BOOT], VMM_DIES, RUNNING, RUNNING).twice(),
-        Self::new("delete", &[], DELETE, CREATED, Place::Nowhere).on(&[
+        Self::new("delete", &[], DELETE, CREATED, VmCondition::Nowhere).on(&[
             Backend::AttachedCloudHypervisor,
             Backend::AttachedFirecracker,
             Backend::Libvirt,
         ]),
-        Self::new("delete after shutdown", &[BOOT, SHUTDOWN_BY_FORCE], DELETE, SHUT_DOWN, Place::Nowhere)
-            .on(EVERYWHERE),
-        Self::new("delete by force", &[BOOT], DELETE_BY_FORCE, RUNNING, Place::Nowhere).on(EVERYWHERE),
-        Self::new("delete of a paused one by force", &[BOOT, PAUSE], DELETE_BY_FORCE, PAUSED, Place::Nowhere)
-            .on(&[Backend::AttachedCloudHypervisor]),
-        Self::new("delete by force, twice", &[BOOT], DELETE_BY_FORCE, RUNNING, Place::Nowhere).twice(),
-        Self::new("create with a spare", &[], CREATE, Place::Nowhere, CREATED).with_spare(),
+        Self::new(
+            "delete after shutdown",
+            &[BOOT, SHUTDOWN_BY_FORCE],
+            DELETE,
+            SHUT_DOWN,
+            VmCondition::Nowhere,
+        )
+        .on(EVERYWHERE),
+        Self::new("delete by force", &[BOOT], DELETE_BY_FORCE, RUNNING, VmCondition::Nowhere).on(EVERYWHERE),
+        Self::new(
+            "delete of a paused one by force",
+            &[BOOT, PAUSE],
+            DELETE_BY_FORCE,
+            PAUSED,
+            VmCondition::Nowhere,
+        )
+        .on(&[Backend::AttachedCloudHypervisor]),
+        Self::new("delete by force, twice", &[BOOT], DELETE_BY_FORCE, RUNNING, VmCondition::Nowhere).twice(),
+        Self::new("create with a spare", &[], CREATE, VmCondition::Nowhere, CREATED).with_spare(),
         Self::new("boot with a spare", &[], BOOT, CREATED, RUNNING).with_spare(),
-        Self::new("delete with a spare", &[], DELETE, CREATED, Place::Nowhere).with_spare(),
-        Self::new("import", &[], VMM_COMES, Place::Nowhere, RUNNING).only_on(PLACED),
+        Self::new("delete with a spare", &[], DELETE, CREATED, VmCondition::Nowhere).with_spare(),
+        Self::new("import", &[], VMM_COMES, VmCondition::Nowhere, RUNNING).only_on(PLACED),
         Self::new("found again", &[BOOT, VMM_DIES], VMM_COMES, SHUT_DOWN, RUNNING).only_on(PLACED),
     ];
 
@@ -267,18 +288,20 @@ impl Scenario {
 
     /// Whether the VM under test is one that somebody else makes.
     pub(crate) fn is_import(&self) -> bool {
-        self.call.method == VMM_COMES.method && self.from == Place::Nowhere
+        self.call.method == VMM_COMES.method && self.from == VmCondition::Nowhere
     }
 
-    /// Whether a VMM that somebody else started must live through it: without force none is ended, and Cloud Hypervisor can end
-    /// its VM without ending itself. Where the guest obeys it takes its VMM along.
+    /// Whether a VMM that somebody else started must live through it: without force none is ended,
+    /// and Cloud Hypervisor can end its VM without ending itself. Where the guest obeys it takes
+    /// its VMM along.
     pub(crate) fn spares_its_vmm(&self, hypervisor: Backend) -> bool {
         let by_itself = [VMM_DIES.method, VMM_COMES.method].contains(&self.call.method);
         let by_force = self.call.options.contains("force") && hypervisor != Backend::AttachedCloudHypervisor;
         hypervisor.by_hand().is_some() && !by_itself && !by_force && !self.obeyed && !self.stands_still
     }
 
-    /// Whether the VM is started again whenever it ends by itself. What a client ends stays down all the same.
+    /// Whether the VM is started again whenever it ends by itself. What a client ends stays down
+    /// all the same.
     pub(crate) fn to_be_restarted(&self, hypervisor: Backend) -> bool {
         // A VMM that somebody else started is started again by nobody.
         hypervisor.by_hand().is_none() && [SHUTDOWN.method, VMM_DIES.method].contains(&self.call.method)
@@ -286,9 +309,10 @@ impl Scenario {
 
     /// Where the VM may be found after the daemon died at `point` and came back.
     ///
-    /// Before anything was recorded nothing has happened, and what was carried out must stand. What lies between goes forward
-    /// or back; of a deletion, a shutdown and a reboot, which once begun cannot be taken back, it goes forward.
-    pub(crate) fn allowed(&self, point: &str) -> Vec<Place> {
+    /// Before anything was recorded nothing has happened, and what was carried out must stand. What
+    /// lies between goes forward or back; of a deletion, a shutdown and a reboot, which once begun
+    /// cannot be taken back, it goes forward.
+    pub(crate) fn allowed(&self, point: &str) -> Vec<VmCondition> {
         if !self.refusal.is_empty() || self.call.method == VMM_COMES.method {
             // What runs is found at each start.
             return vec![self.to];

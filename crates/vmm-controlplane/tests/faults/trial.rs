@@ -9,7 +9,7 @@ use crate::case::Case;
 use crate::harness::{WAIT_TIMEOUT, skipped};
 use crate::hypervisor::{Backend, can_make_taps};
 use crate::inspect;
-use crate::scenario::{CREATED, Place, RUNNING, Scenario, VMM_COMES};
+use crate::scenario::{CREATED, RUNNING, Scenario, VMM_COMES, VmCondition};
 use crate::stage::{Hand, Stage};
 
 /// A point, and how often it is passed before it is passed for good.
@@ -83,11 +83,11 @@ fn survey(stage: &Rc<Stage>, scenario: &'static Scenario) -> Vec<Target> {
     case.end();
     let mut targets = Vec::new();
     let outcome = own.iter().position(|point| scenario.with_spare && point.ends_with("outcome-committed"));
-    for (place, point) in own.into_iter().enumerate() {
+    for (index, point) in own.into_iter().enumerate() {
         targets.push(Target {
             before: seen.iter().filter(|earlier| **earlier == point).count(),
             point: point.clone(),
-            after_answer: outcome.is_some_and(|outcome| place > outcome),
+            after_answer: outcome.is_some_and(|outcome| index > outcome),
         });
         seen.push(point);
     }
@@ -116,7 +116,7 @@ impl Case {
         self.world.set_env("FAILPOINTS", None);
         self.world.start();
 
-        let place = inspect::settled(&self, &self.allowed(target));
+        let condition = inspect::settled(&self, &self.allowed(target));
         inspect::acknowledged(&self);
         if self.scenario.call.method == "RebootVm" && self.scenario.refusal.is_empty() {
             // It was begun, so it is carried through.
@@ -125,7 +125,7 @@ impl Case {
         if self.scenario.no_resets {
             inspect::resets_end_it(&self);
         }
-        if place != Place::Nowhere && place != CREATED {
+        if condition != VmCondition::Nowhere && condition != CREATED {
             let now = self.tap_numbers();
             assert!(
                 taps.iter().all(|tap| now.contains(tap)),
@@ -134,7 +134,7 @@ impl Case {
         }
         self.witness_goes_on();
         inspect::ledger(&self);
-        inspect::claims(&mut self, place);
+        inspect::claims(&mut self, condition);
         self.again();
         self.witness_goes_on();
         if self.scenario.spares_its_vmm(self.hypervisor) && by_hand.is_some() {
@@ -145,11 +145,12 @@ impl Case {
     }
 
     /// Where the VM may be now.
-    fn allowed(&self, target: &Target) -> Vec<Place> {
+    fn allowed(&self, target: &Target) -> Vec<VmCondition> {
         if target.after_answer { vec![self.scenario.to] } else { self.scenario.allowed(&target.point) }
     }
 
-    /// The next daemon dies as well: where the first one did if it comes there, and wherever it is by then if it does not.
+    /// The next daemon dies as well: where the first one did if it comes there, and wherever it is
+    /// by then if it does not.
     fn dies_again(&mut self, target: &Target) {
         self.world.set_env("FAILPOINTS", Some(&format!("{}=return", target.point)));
         if self.world.try_start().is_err() {
@@ -176,7 +177,7 @@ impl Case {
             return;
         }
         let answer = self.call(scenario.call);
-        let gone_already = scenario.to == Place::Nowhere && answer.body["code"] == "not_found";
+        let gone_already = scenario.to == VmCondition::Nowhere && answer.body["code"] == "not_found";
         if !gone_already {
             self.expect(answer);
         }

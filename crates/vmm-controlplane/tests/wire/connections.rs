@@ -61,7 +61,7 @@ async fn a_stalled_body_times_out() {
 
 #[tokio::test]
 async fn a_call_without_a_timeout_gets_the_longest_one() {
-    let options = ServeOptions { max_deadline: Duration::from_millis(200), ..Default::default() };
+    let options = ServeOptions { max_call_timeout: Duration::from_millis(200), ..Default::default() };
     let server = TestServer::with(options).await;
     let reply = send(server.addr, json_call("WaitVm", r#"{"timeout_seconds":3600}"#)).await;
     assert_eq!(reply.error().0, "deadline_exceeded");
@@ -132,7 +132,8 @@ async fn an_idle_connection_times_out() {
     assert_eq!(reply.status, 200);
 }
 
-/// Sends the head of a request, and then a byte of its body every 20 ms until the server answers; its first line.
+/// Sends the head of a request, and then a byte of its body every 20 ms until the server answers;
+/// its first line.
 async fn trickle(server: &TestServer, path: &str) -> String {
     let (mut read, mut write) = TcpStream::connect(server.addr).await.unwrap().into_split();
     let head = format!(

@@ -25,7 +25,7 @@ fn pieces(line: &str) -> impl Iterator<Item = (usize, &str)> {
         quoted ^= *letter == '"';
         !quoted && letter.is_ascii_whitespace()
     });
-    let ends = blanks.map(|(place, _)| place).chain([line.len()]);
+    let ends = blanks.map(|(offset, _)| offset).chain([line.len()]);
     // Blanks are ASCII and have one byte, so the next piece begins at the byte behind the blank.
     ends.map(move |end| (std::mem::replace(&mut begin, end + 1), end))
         .map(|(begin, end)| (begin, &line[begin..end]))

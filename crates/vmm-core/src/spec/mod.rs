@@ -21,8 +21,7 @@ pub use count::too_many;
 pub use kernel_line::{kernel_words, kernels_part};
 pub use mac::MacAddr;
 pub use options::{
-    BACKING_KEYS, BOOT_KEYS, BackendOption, BackendOptions, CPU_KEYS, DISK_KEYS, NIC_KEYS, OptionPlace,
-    prefix_of,
+    BACKING_KEYS, BOOT_KEYS, BackendOption, BackendOptions, CPU_KEYS, DISK_KEYS, FreeMap, NIC_KEYS, prefix_of,
 };
 
 use crate::id::VmUid;

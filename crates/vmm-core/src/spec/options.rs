@@ -33,7 +33,7 @@ const PREFIXES: &[&str] = &["qemu.", "ch.", "fc."];
 
 /// The map that a key of one backend stands in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OptionPlace {
+pub enum FreeMap {
     /// `cpu.features`.
     Cpu,
     /// `memory.backing`.
@@ -46,7 +46,7 @@ pub enum OptionPlace {
     Nic(usize),
 }
 
-impl OptionPlace {
+impl FreeMap {
     /// Returns the path of the map from the request's root.
     fn field(self) -> String {
         match self {
@@ -63,7 +63,7 @@ impl OptionPlace {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendOption {
     /// The map that holds the key.
-    pub place: OptionPlace,
+    pub map: FreeMap,
     /// The key with the backend's prefix.
     pub key: String,
     /// The value as sent. Only the backend that the prefix names knows its form.
@@ -73,7 +73,7 @@ pub struct BackendOption {
 impl BackendOption {
     /// Returns the path of the value from the request's root.
     pub fn field(&self) -> String {
-        format!("{}[\"{}\"]", self.place.field(), self.key)
+        format!("{}[\"{}\"]", self.map.field(), self.key)
     }
 }
 
@@ -85,17 +85,17 @@ impl BackendOptions {
     /// Collects the keys with a backend's prefix from every map of `config`.
     pub(super) fn of(config: &VmConfig) -> Self {
         let VmConfig { cpu, memory, boot, storage, network, .. } = config;
-        let one = |place| move |options| (place, options);
-        let maps = cpu.iter().map(|cpu| &cpu.features).map(one(OptionPlace::Cpu));
-        let maps = maps.chain(memory.iter().map(|memory| &memory.backing).map(one(OptionPlace::Memory)));
-        let maps = maps.chain(boot.iter().map(|boot| &boot.boot_options).map(one(OptionPlace::Boot)));
-        let disks = storage.iter().enumerate().map(|(index, disk)| (OptionPlace::Disk(index), &disk.options));
-        let nics = network.iter().enumerate().map(|(index, nic)| (OptionPlace::Nic(index), &nic.options));
-        let keys = maps.chain(disks).chain(nics).flat_map(|(place, options)| {
+        let one = |map| move |options| (map, options);
+        let maps = cpu.iter().map(|cpu| &cpu.features).map(one(FreeMap::Cpu));
+        let maps = maps.chain(memory.iter().map(|memory| &memory.backing).map(one(FreeMap::Memory)));
+        let maps = maps.chain(boot.iter().map(|boot| &boot.boot_options).map(one(FreeMap::Boot)));
+        let disks = storage.iter().enumerate().map(|(index, disk)| (FreeMap::Disk(index), &disk.options));
+        let nics = network.iter().enumerate().map(|(index, nic)| (FreeMap::Nic(index), &nic.options));
+        let keys = maps.chain(disks).chain(nics).flat_map(|(map, options)| {
             options
                 .iter()
                 .filter(|(key, _)| prefix_of(key).is_some())
-                .map(move |(key, value)| BackendOption { place, key: key.clone(), value: value.clone() })
+                .map(move |(key, value)| BackendOption { map, key: key.clone(), value: value.clone() })
         });
         Self(keys.collect())
     }

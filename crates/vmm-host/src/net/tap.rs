@@ -175,7 +175,7 @@ impl Taps for HostTaps {
             return use_existing(&netlink, &link, name, by, owner).await;
         }
         match make(&netlink, name, owner).await {
-            // Another program has taken the name since the look above. Its interface is treated
+            // Another program has taken the name since the check above. Its interface is treated
             // like any that exists.
             Err(TapError::Host { source, .. }) if source.raw_os_error() == Some(nix::libc::EBUSY) => {}
             made => return made.map(|()| TapOrigin::Made),

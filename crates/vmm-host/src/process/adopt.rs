@@ -25,7 +25,7 @@ pub enum Lookup {
     Unprovable(String),
 }
 
-/// Looks for the process that `identity` describes. Changes nothing.
+/// Searches for the process that `identity` describes. Changes nothing.
 ///
 /// Must be called inside a Tokio runtime with I/O, because a task watches the process that is
 /// found.
@@ -83,8 +83,8 @@ fn same_namespaces(identity: &ProcessIdentity) -> Result<(), String> {
     ))
 }
 
-/// Returns the kind of the namespace in which the daemon is no longer, or `None` if the daemon is in
-/// the recorded namespaces.
+/// Returns the kind of the namespace in which the daemon is no longer, or `None` if the daemon is
+/// in the recorded namespaces.
 fn other_namespace(recorded: Namespaces) -> Result<Option<&'static str>, String> {
     let here =
         procfs::namespaces().map_err(|error| format!("the daemon's namespaces cannot be read: {error}"))?;

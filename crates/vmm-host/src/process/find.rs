@@ -13,7 +13,7 @@ use super::{Process, procfs};
 
 /// The age up to which a process may not have exec'ed yet.
 const EXEC_LIMIT: Duration = Duration::from_secs(1);
-/// The interval between two looks at a process that may not have exec'ed yet.
+/// The interval between two checks of a process that may not have exec'ed yet.
 const EXEC_POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// A process whose arguments match a search.
@@ -168,7 +168,7 @@ fn examine(
     // more.
     while !is_wanted(&procfs::arguments(pid).ok()?) {
         // A process that may not have exec'ed yet is neither a match nor ruled out. The wait is
-        // bounded by the age of the process and not by a number of looks, because an exec takes
+        // bounded by the age of the process and not by a number of checks, because an exec takes
         // longer on a busy host.
         if !may_become(pid) || procfs::age(&procfs::identify(pid).ok()?)? > EXEC_LIMIT {
             return None;

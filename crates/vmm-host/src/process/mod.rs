@@ -68,13 +68,13 @@ pub enum KillError {
     },
     /// The process was killed and has not ended.
     #[error(
-        "process {pid} was killed but is still there after {after:?}; it probably waits for a device of the host"
+        "process {pid} was killed but is still there after {timeout:?}; it probably waits for a device of the host"
     )]
     StillThere {
         /// The process.
         pid: u32,
         /// The time that was waited.
-        after: Duration,
+        timeout: Duration,
     },
 }
 
@@ -149,7 +149,7 @@ impl Process {
     pub async fn kill_and_wait(&self, limit: Duration) -> Result<ProcessExit, KillError> {
         let pid = self.pid();
         self.signal(Signal::KILL).map_err(|source| KillError::Refused { pid, source })?;
-        self.wait_for(limit).await.ok_or(KillError::StillThere { pid, after: limit })
+        self.wait_for(limit).await.ok_or(KillError::StillThere { pid, timeout: limit })
     }
 
     /// Returns the real path of the program that the process runs.

@@ -25,7 +25,7 @@ const ZEROS: u64 = 1;
 /// The bit of an L2 entry for compressed data.
 const COMPRESSED: u64 = 1 << 62;
 
-/// The place of the tables in an image.
+/// The offsets of the tables in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tables {
     /// The size of a cluster, as a power of two: 9 to 21.
@@ -193,7 +193,7 @@ mod tests {
 
     /// Returns 1 MiB without a pattern of a cluster's length.
     fn contents() -> Vec<u8> {
-        (0..1_u32 << 20).map(|place| (place % 251) as u8).collect()
+        (0..1_u32 << 20).map(|offset| (offset % 251) as u8).collect()
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::restart::{self, LastEnd};
 use super::{Actor, discovered_files, resets::ResetCounter};
 use crate::clock::now_ms;
 use crate::mailbox::OperationRequest;
-use crate::metrics::{ContactReport, MetricsCell, Sampler};
+use crate::metrics::{ContactReport, LatestMetrics, Sampler};
 use crate::sockets::Sockets;
 
 /// The time between two searches for a process that may live and of which no handle is held.
@@ -225,7 +225,7 @@ impl Actor {
     pub(super) fn live_with(&self, launched: LaunchedVmm, run: RunRecord, vcpus: u32) -> Box<HeldVmm> {
         let LaunchedVmm { vmm, events } = launched;
         let interval = self.shared.settings.metrics_interval;
-        let metrics = MetricsCell::default();
+        let metrics = LatestMetrics::default();
         self.shared.index.show_metrics(self.record.uid, metrics.clone());
         let vm_id = self.record.vm_id.clone();
         let sockets = Sockets::of(&self.record, &run, self.dir());

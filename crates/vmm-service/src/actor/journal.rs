@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   RecordUpdate (observation, status, intent, run) ─► record
-//!                                                         ├─► store and event ─► shown ─► watchers
+//!                                                         ├─► store and event ─► shown ─► watches
 //!                                                         │ refused
 //!                               an intent: undone ────────┴─ an outcome: shown, its event kept
 //!                                                                │ after 1 s, doubled up to 30 s,
@@ -364,7 +364,7 @@ impl Actor {
                 self.journal.uncertain = 0;
                 self.record = ActorRecord::new(Arc::new(next));
                 // The position of the event in the log is not known, so the record is published
-                // without one, and watchers read the log.
+                // without one, and watches read the log.
                 self.publish();
                 Ok(())
             }

@@ -25,7 +25,7 @@ const SECTOR: u64 = 512;
 /// The largest block that direct I/O needs on usual disks, in bytes.
 const DIRECT_BLOCK: u64 = 4096;
 
-/// Looks at `disk`, and adds the claims on its image and on each of its backing files. `adds_root`
+/// Checks `disk`, and adds the claims on its image and on each of its backing files. `adds_root`
 /// is true if the kernel's arguments will name the whole disk as the root file system.
 pub(super) fn check_disk(
     file_check: &FileCheck,

@@ -1,18 +1,19 @@
-//! The threads that look at files, and the permits that limit them.
+//! The threads that check files, and the permits that limit them.
 //!
 //! ```text
-//!   look ─► a quick permit (32) ─► thread ── done within 250 ms ────────────────► answer
-//!                                   │
-//!                                   └── slow: the quick permit is free again, and the thread has
-//!                                       a slow permit (160, at most 16 of one mount)
-//!                                       ─► answer, or silence after 3 s
+//!   file check ─► a quick permit (32) ─► thread ── done within 250 ms ────────────────► answer
+//!                                         │
+//!                                         └── slow: the quick permit is free again, and the thread
+//!                                             has a slow permit (160, at most 16 of one mount)
+//!                                             ─► answer, or silence after 3 s
 //! ```
 //!
-//! A file may lie on a server that does not answer, and then the thread that looks at it hangs for
-//! as long as the server is silent. Nothing can end such a thread. The quick permits limit the
-//! looks that use processor time, and the slow permits limit the threads that wait. A mount that
-//! hangs holds a quick permit only for a moment, and at most its part of the slow ones. A look that
-//! leads into a mount with no slow permit left touches nothing there, and waits without a thread.
+//! A file may lie on a server that does not answer, and then the thread that checks it hangs for as
+//! long as the server is silent. Nothing can end such a thread. The quick permits limit the file
+//! checks that use processor time, and the slow permits limit the threads that wait. A mount that
+//! hangs holds a quick permit only for a moment, and at most its part of the slow ones. A file
+//! check that leads into a mount with no slow permit left touches nothing there, and waits without
+//! a thread.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -24,16 +25,16 @@ use tokio::time::Instant;
 
 use super::FilesTimedOut;
 
-/// The numbers of permits, and the time after which a look is slow.
+/// The numbers of permits, and the time after which a file check is slow.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PermitLimits {
     pub(super) quick: usize,
     pub(super) slow: usize,
     pub(super) slow_of_a_mount: usize,
-    pub(super) after: Duration,
+    pub(super) quick_limit: Duration,
 }
 
-/// The permits of looks for one purpose.
+/// The permits of file checks for one purpose.
 pub(super) struct FileCheckPermits {
     limits: PermitLimits,
     mount_of: fn(&Path) -> Option<PathBuf>,
@@ -49,7 +50,7 @@ struct SlowPermits {
     by_mount: HashMap<PathBuf, usize>,
 }
 
-/// The error of a look that led into a mount whose slow permits are all taken.
+/// The error of a file check that led into a mount whose slow permits are all taken.
 struct MountCrowded;
 
 impl FileCheckPermits {
@@ -60,7 +61,7 @@ impl FileCheckPermits {
         Self { limits, mount_of, quick, slow: Mutex::default(), freed: Notify::new() }
     }
 
-    /// Runs `work` on a thread of its own, and returns within `deadline`. `work` asks its
+    /// Runs `work` on a thread of its own, and returns within `timeout`. `work` asks its
     /// [`FileCheck`] about each path before it touches the path.
     ///
     /// An attempt that finds a crowded mount has touched nothing on it. It is made again when a
@@ -68,20 +69,21 @@ impl FileCheckPermits {
     ///
     /// # Errors
     ///
-    /// Returns [`FilesTimedOut`] if there is no answer within `deadline`.
+    /// Returns [`FilesTimedOut`] if there is no answer within `timeout`.
     pub(super) async fn run_within<T: Send + 'static>(
         self: &Arc<Self>,
-        deadline: Duration,
+        timeout: Duration,
         work: impl Fn(&FileCheck) -> T + Send + Clone + 'static,
     ) -> Result<T, FilesTimedOut> {
-        let until = Instant::now() + deadline;
+        let until = Instant::now() + timeout;
         loop {
             // The future is made before the attempt, so that a permit that becomes free during the
             // attempt is not missed. `notify_waiters` wakes every future that exists at that
             // moment, polled or not.
             let freed = self.freed.notified();
-            // A quick permit limits the looks that run at once. The wait for it counts against the
-            // deadline, because many slow looks may stand in front for up to `limits.after` each.
+            // A quick permit limits the file checks that run at once. The wait for it counts
+            // against the deadline, because many slow file checks may stand in front for up to
+            // `limits.quick_limit` each.
             let permit = tokio::time::timeout_at(until, Arc::clone(&self.quick).acquire_owned()).await;
             let Ok(Ok(permit)) = permit else { return Err(FilesTimedOut) };
             // The attempt is a task of its own, because the permit must change hands even if the
@@ -105,7 +107,7 @@ impl FileCheckPermits {
 }
 
 /// Runs `work` on a blocking thread, and exchanges the quick permit for a slow one if the work
-/// takes longer than `limits.after`.
+/// takes longer than `limits.quick_limit`.
 ///
 /// The `FileCheckThread` inside the thread returns the permit when the thread ends, also by a
 /// panic. The task outside the thread only watches the time.
@@ -113,14 +115,14 @@ async fn attempt<T: Send + 'static>(
     file_check: Arc<FileCheck>,
     work: impl Fn(&FileCheck) -> T + Send + 'static,
 ) -> Result<T, MountCrowded> {
-    let after = file_check.permits.limits.after;
+    let quick_limit = file_check.permits.limits.quick_limit;
     let watched = Arc::clone(&file_check);
     let mut thread = tokio::task::spawn_blocking(move || {
         let visit = FileCheckThread(file_check);
         let done = work(&visit.0);
         if visit.0.state().crowded { Err(MountCrowded) } else { Ok(done) }
     });
-    let done = match tokio::time::timeout(after, &mut thread).await {
+    let done = match tokio::time::timeout(quick_limit, &mut thread).await {
         Ok(done) => done,
         Err(_) => {
             watched.take_slow_permit();
@@ -131,7 +133,7 @@ async fn attempt<T: Send + 'static>(
     done.unwrap_or(Err(MountCrowded))
 }
 
-/// One look, shared by its thread and its task.
+/// One file check, shared by its thread and its task.
 pub(super) struct FileCheck {
     permits: Arc<FileCheckPermits>,
     state: Mutex<FileCheckState>,
@@ -139,9 +141,10 @@ pub(super) struct FileCheck {
 
 struct FileCheckState {
     permit: FileCheckPermit,
-    /// The mount into which the look has led.
+    /// The mount into which the file check has led.
     mount: Option<PathBuf>,
-    /// True if the look led into a mount with no slow permit left, and so touched nothing there.
+    /// True if the file check led into a mount with no slow permit left, and so touched nothing
+    /// there.
     crowded: bool,
 }
 
@@ -161,17 +164,17 @@ impl FileCheck {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns true if the look may touch `path`. If it returns false, the look is made again
-    /// later.
+    /// Returns true if the file check may touch `path`. If it returns false, the file check is made
+    /// again later.
     ///
-    /// A look that is quick so far also needs a free slow permit of the mount, because the next
-    /// access may hang. The count of a mount may exceed its limit by the quick looks that entered
-    /// it at the same time.
+    /// A file check that is quick so far also needs a free slow permit of the mount, because the
+    /// next access may hang. The count of a mount may exceed its limit by the quick file checks
+    /// that entered it at the same time.
     pub(super) fn may_open(&self, path: &Path) -> bool {
         let mount = (self.permits.mount_of)(path);
         let mut state = self.state();
-        // A crowded look touches nothing more. A path on the same mount as before needs no new
-        // check.
+        // A crowded file check touches nothing more. A path on the same mount as before needs no
+        // new check.
         if state.crowded || mount == state.mount {
             return !state.crowded;
         }
@@ -180,8 +183,8 @@ impl FileCheck {
             state.crowded = true;
             return false;
         }
-        // A look that is slow already takes its permit along to the new mount, because its thread
-        // may hang there now.
+        // A file check that is slow already takes its permit along to the new mount, because its
+        // thread may hang there now.
         if matches!(state.permit, FileCheckPermit::Slow) {
             slow.leave(state.mount.as_ref());
             slow.take(mount.as_ref());
@@ -191,13 +194,13 @@ impl FileCheck {
     }
 
     /// Exchanges the quick permit for a slow one, if a slow one is left. The limit of one mount is
-    /// checked in [`FileCheck::may_open`] before a look enters the mount.
+    /// checked in [`FileCheck::may_open`] before a file check enters the mount.
     fn take_slow_permit(&self) {
         let mut state = self.state();
         let mut slow = self.permits.slow();
-        // With no slow permit left the look keeps its quick one. New looks then wait for quick
-        // permits, which bounds the threads in all. A look that has ended meanwhile has the permit
-        // `RemainingSpares`, and takes none.
+        // With no slow permit left the file check keeps its quick one. New file checks then wait
+        // for quick permits, which bounds the threads in all. A file check that has ended meanwhile
+        // has the permit `RemainingSpares`, and takes none.
         if matches!(state.permit, FileCheckPermit::Quick(_)) && slow.taken < self.permits.limits.slow {
             slow.take(state.mount.as_ref());
             state.permit = FileCheckPermit::Slow;
@@ -213,7 +216,7 @@ impl FileCheck {
     }
 }
 
-/// The time in which a look has a thread.
+/// The time in which a file check has a thread.
 struct FileCheckThread(Arc<FileCheck>);
 
 impl Drop for FileCheckThread {
@@ -258,7 +261,7 @@ mod tests {
     const LONG_TIMEOUT: Duration = Duration::from_secs(60);
     const SHORT_TIMEOUT: Duration = Duration::from_millis(100);
     const LIMITS: PermitLimits =
-        PermitLimits { quick: 1, slow: 3, slow_of_a_mount: 2, after: Duration::from_millis(10) };
+        PermitLimits { quick: 1, slow: 3, slow_of_a_mount: 2, quick_limit: Duration::from_millis(10) };
 
     /// Permits where everything below `/hung` lies in a mount.
     fn permits() -> Arc<FileCheckPermits> {
@@ -275,20 +278,20 @@ mod tests {
             (let_go, Self(Arc::new(Mutex::new(hang))))
         }
 
-        async fn look(
+        async fn check(
             &self,
             permits: &Arc<FileCheckPermits>,
             path: &'static str,
         ) -> Result<bool, FilesTimedOut> {
             let hung = self.clone();
-            let look = move |file_check: &FileCheck| {
+            let check = move |file_check: &FileCheck| {
                 let touched = file_check.may_open(Path::new(path));
                 if touched {
                     let _ = hung.0.lock().unwrap().recv();
                 }
                 touched
             };
-            permits.run_within(SHORT_TIMEOUT, look).await
+            permits.run_within(SHORT_TIMEOUT, check).await
         }
     }
 
@@ -302,11 +305,11 @@ mod tests {
     async fn hanging_file_checks_leave_the_quick_permit_free() {
         let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..LIMITS.slow_of_a_mount {
-            assert_eq!(hung.look(&permits, "/hung/a").await, Err(FilesTimedOut));
+            assert_eq!(hung.check(&permits, "/hung/a").await, Err(FilesTimedOut));
             answers(&permits, "/fine").await;
         }
         assert_eq!(permits.slow().taken, LIMITS.slow_of_a_mount);
-        assert_eq!(hung.look(&permits, "/hung/b").await, Err(FilesTimedOut), "nothing is touched there");
+        assert_eq!(hung.check(&permits, "/hung/b").await, Err(FilesTimedOut), "nothing is touched there");
         assert_eq!(permits.slow().taken, LIMITS.slow_of_a_mount, "and no thread hangs for it");
         answers(&permits, "/fine").await;
         drop(let_go);
@@ -321,7 +324,7 @@ mod tests {
     async fn a_file_check_waits_for_a_permit_of_its_mount() {
         let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..LIMITS.slow_of_a_mount {
-            assert_eq!(hung.look(&permits, "/hung/a").await, Err(FilesTimedOut));
+            assert_eq!(hung.check(&permits, "/hung/a").await, Err(FilesTimedOut));
         }
         let waits = tokio::spawn({
             let permits = Arc::clone(&permits);
@@ -336,14 +339,14 @@ mod tests {
     #[tokio::test]
     async fn an_abandoned_file_check_leaves_its_quick_permit() {
         let (permits, (let_go, hung)) = (permits(), Hung::new());
-        let look = tokio::spawn({
+        let check = tokio::spawn({
             let permits = Arc::clone(&permits);
-            async move { hung.look(&permits, "/local").await }
+            async move { hung.check(&permits, "/local").await }
         });
         while permits.quick.available_permits() > 0 {
             tokio::task::yield_now().await;
         }
-        look.abort();
+        check.abort();
         answers(&permits, "/fine").await;
         drop(let_go);
     }
@@ -352,10 +355,10 @@ mod tests {
     async fn hanging_threads_are_bounded_over_all_mounts() {
         let (permits, (let_go, hung)) = (permits(), Hung::new());
         for _ in 0..=LIMITS.slow {
-            assert_eq!(hung.look(&permits, "/local").await, Err(FilesTimedOut));
+            assert_eq!(hung.check(&permits, "/local").await, Err(FilesTimedOut));
         }
         assert_eq!((permits.slow().taken, permits.quick.available_permits()), (LIMITS.slow, 0));
-        assert_eq!(hung.look(&permits, "/fine").await, Err(FilesTimedOut), "no more threads");
+        assert_eq!(hung.check(&permits, "/fine").await, Err(FilesTimedOut), "no more threads");
         drop(let_go);
         answers(&permits, "/fine").await;
     }

@@ -1,8 +1,8 @@
 //! ListVmEvents: the log, page by page.
 //!
-//! A token names the last event of its page and the filter of the listing. Places in the log never
-//! change, so a token stays valid whatever happens later. Events that have expired meanwhile are
-//! skipped.
+//! A token names the last event of its page and the filter of the listing. Positions in the log
+//! never change, so a token stays valid whatever happens later. Events that have expired meanwhile
+//! are skipped.
 
 use std::sync::Arc;
 

@@ -1,12 +1,12 @@
-//! The place up to which the log is settled: every event up to there is committed, and every read
-//! shows the changes of these events.
+//! The position up to which the log is settled: every event up to there is committed, and every
+//! read shows the changes of these events.
 //!
 //! Commits of different VMs are answered in any order, and between its commit and its answer a
-//! change is not yet shown to readers. A watcher that ran ahead would report a change that
+//! change is not yet shown to readers. A watch that ran ahead would report a change that
 //! GetVmInfo does not show. Each commit is therefore open from before it is sent until the index
-//! shows it. It remembers its floor: the last place that had been answered when it began. Its own
-//! event comes after its floor. The log is settled up to the lowest floor of the open commits, or
-//! up to the last answer if none is open.
+//! shows it. It remembers its floor: the last position that had been answered when it began. Its
+//! own event comes after its floor. The log is settled up to the lowest floor of the open commits,
+//! or up to the last answer if none is open.
 //!
 //! ```text
 //!   log:   … 6   7   8   9  10  11
@@ -15,7 +15,7 @@
 //!                    └ settled: a commit that began when 8 was the last answer is still open
 //! ```
 //!
-//! No watcher waits for a place to be filled. A commit that fails closes like any other, and its
+//! No watch waits for a position to be filled. A commit that fails closes like any other, and its
 //! result is read from the log.
 
 use std::collections::BTreeMap;
@@ -28,12 +28,12 @@ use vmm_core::event::EventSeq;
 #[derive(Debug)]
 pub(super) struct CommitTracker {
     ledger: Mutex<OpenCommits>,
-    place: watch::Sender<EventSeq>,
+    position: watch::Sender<EventSeq>,
 }
 
 #[derive(Debug)]
 struct OpenCommits {
-    /// The last place with which a commit was answered.
+    /// The last position with which a commit was answered.
     answered: EventSeq,
     /// The floors of the open commits, in the order in which they began, so that the first is the
     /// lowest.
@@ -45,7 +45,7 @@ impl CommitTracker {
     /// Creates the account of a log that is settled up to `last`.
     pub(super) fn new(last: EventSeq) -> Self {
         let ledger = OpenCommits { answered: last, open: BTreeMap::new(), next: 0 };
-        Self { ledger: Mutex::new(ledger), place: watch::Sender::new(last) }
+        Self { ledger: Mutex::new(ledger), position: watch::Sender::new(last) }
     }
 
     /// Opens a commit that is about to be sent.
@@ -58,14 +58,14 @@ impl CommitTracker {
         OpenCommit { settled: Arc::clone(self), number }
     }
 
-    /// Returns the last place with which a commit was answered. It may not be settled yet.
+    /// Returns the last position with which a commit was answered. It may not be settled yet.
     pub(super) fn answered(&self) -> EventSeq {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner).answered
     }
 
-    /// Returns a receiver of the place up to which the log is settled.
+    /// Returns a receiver of the position up to which the log is settled.
     pub(super) fn subscribe(&self) -> watch::Receiver<EventSeq> {
-        self.place.subscribe()
+        self.position.subscribe()
     }
 
     fn close(&self, number: u64) {
@@ -73,10 +73,10 @@ impl CommitTracker {
         ledger.open.remove(&number);
         // The open commits are numbered in the order in which they began, and the last answer never
         // decreases. The first floor is therefore the lowest.
-        let place = ledger.open.values().next().copied().unwrap_or(ledger.answered);
-        self.place.send_if_modified(|settled| {
-            let moved = place > *settled;
-            *settled = place.max(*settled);
+        let position = ledger.open.values().next().copied().unwrap_or(ledger.answered);
+        self.position.send_if_modified(|settled| {
+            let moved = position > *settled;
+            *settled = position.max(*settled);
             moved
         });
     }
@@ -90,7 +90,7 @@ pub(super) struct OpenCommit {
 }
 
 impl OpenCommit {
-    /// Notes the place of the commit's event.
+    /// Notes the position of the commit's event.
     pub(super) fn answered(&self, seq: EventSeq) {
         let mut ledger = self.settled.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         ledger.answered = ledger.answered.max(seq);
@@ -109,8 +109,8 @@ mod tests {
 
     use super::*;
 
-    fn place(settled: &CommitTracker) -> u64 {
-        settled.place.borrow().0
+    fn position(settled: &CommitTracker) -> u64 {
+        settled.position.borrow().0
     }
 
     #[test]
@@ -119,13 +119,13 @@ mod tests {
         let (a, b) = (settled.open(), settled.open());
         b.answered(EventSeq(7));
         drop(b);
-        assert_eq!((place(&settled), settled.answered()), (5, EventSeq(7)), "6 may be a's");
+        assert_eq!((position(&settled), settled.answered()), (5, EventSeq(7)), "6 may be a's");
         let c = settled.open();
         a.answered(EventSeq(6));
         drop(a);
-        assert_eq!(place(&settled), 7, "c began when 7 had been answered");
+        assert_eq!(position(&settled), 7, "c began when 7 had been answered");
         drop(c);
-        assert_eq!(place(&settled), 7, "c failed, and nothing waits for it");
+        assert_eq!(position(&settled), 7, "c failed, and nothing waits for it");
     }
 
     proptest! {
@@ -151,13 +151,13 @@ mod tests {
                     },
                     _ => {}
                 }
-                for seq in 1..=place(&settled) {
+                for seq in 1..=position(&settled) {
                     prop_assert!(shown.contains(&seq) || unheard.contains(&seq), "{} is settled, and not shown", seq);
                 }
             }
             let last = open.iter().filter(|o| o.2).filter_map(|o| o.1).chain(shown.iter().copied()).max();
             open.clear();
-            prop_assert_eq!(place(&settled), last.unwrap_or(0), "nothing is held back for ever");
+            prop_assert_eq!(position(&settled), last.unwrap_or(0), "nothing is held back for ever");
         }
     }
 }

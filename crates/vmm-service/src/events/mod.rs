@@ -1,4 +1,4 @@
-//! The events: the log of all changes, for watchers and for later queries.
+//! The events: the log of all changes, for watches and for later queries.
 //!
 //! ```text
 //!   actors ── commit ──► store: the log, in one order, without gaps
@@ -9,12 +9,12 @@
 //!                          └──── older pages ────────────────────┘
 //! ```
 //!
-//! The log in the store is the only source. A watcher is a cursor into it, so that no event is
-//! lost, none comes twice, and the order is that of the places in the log, whichever commit is
-//! answered first. Writers pass a single number to watchers: the place up to which the log is
-//! [`settled`]. A commit that failed, or whose result is unknown, therefore blocks no watcher,
-//! because the log contains the result. Watchers pull, and nothing is kept for a watcher that does
-//! not, not even at its beginning. A watcher that has fallen too far behind gets an error and ends.
+//! The log in the store is the only source. A watch is a cursor into it, so that no event is
+//! lost, none comes twice, and the order is that of the positions in the log, whichever commit is
+//! answered first. Writers pass a single number to watches: the position up to which the log is
+//! [`settled`]. A commit that failed, or whose result is unknown, therefore blocks no watch,
+//! because the log contains the result. Watches pull, and nothing is kept for a watch that does
+//! not, not even at its beginning. A watch that has fallen too far behind gets an error and ends.
 //!
 //! [`watch`] is WatchVms, [`present`] its beginning, [`audit`] ListVmEvents, and [`retention`]
 //! removes old events.
@@ -69,17 +69,17 @@ pub(crate) struct Events {
     instance: u64,
     retention: Duration,
     settled: Arc<CommitTracker>,
-    /// The end of the log in memory. Locked while the store is read, so that one of many watchers
+    /// The end of the log in memory. Locked while the store is read, so that one of many watches
     /// reads for all.
     recent: tokio::sync::Mutex<RecentEvents>,
 }
 
 /// A change that was committed and is not shown to readers yet. The owner drops it when readers see
 /// the change.
-#[must_use = "watchers wait for it to be dropped"]
+#[must_use = "watches wait for it to be dropped"]
 #[derive(Debug)]
 pub(crate) struct CommitReceipt {
-    /// The place of its event.
+    /// The position of its event.
     pub(crate) seq: EventSeq,
     _open: OpenCommit,
 }
@@ -109,7 +109,7 @@ impl Events {
         }
     }
 
-    /// Commits a change. Watchers receive its event when the answer is dropped, which must happen
+    /// Commits a change. Watches receive its event when the answer is dropped, which must happen
     /// when readers see the change.
     ///
     /// # Errors
@@ -133,12 +133,12 @@ impl Events {
     }
 
     /// Reads the events that follow `after`, at least one, from a log that is settled up to
-    /// `until`. `until` is a later place than `after`.
+    /// `until`. `until` is a later position than `after`.
     async fn read(&self, after: EventSeq, until: EventSeq) -> Result<Vec<Arc<VmEvent>>, ServiceError> {
         let mut recent = self.recent.lock().await;
         match recent.after(after, BATCH) {
             Some(known) if !known.is_empty() => return Ok(known),
-            // `after` lies before the stretch in memory, so the watcher reads from the store and
+            // `after` lies before the stretch in memory, so the watch reads from the store and
             // releases the lock.
             None if after < recent.head() => drop(recent),
             Some(_) | None => {
@@ -154,16 +154,16 @@ impl Events {
         let query = EventQuery { after, vm_id: None, limit: BATCH };
         let found = self.store.events(query).await.map_err(unreadable)?;
         // Events expire from the oldest on. If the next one has expired, the first event found is a
-        // later place, and the page stays empty. The page ends at `until`, because the store may
+        // later position, and the page stays empty. The page ends at `until`, because the store may
         // hold events that are not settled yet.
-        let without_gap = (after.0 + 1..).zip(found).take_while(|(place, event)| event.seq.0 == *place);
+        let without_gap = (after.0 + 1..).zip(found).take_while(|(position, event)| event.seq.0 == *position);
         let page: Vec<_> =
             without_gap.map(|(_, event)| Arc::new(event)).take_while(|event| event.seq <= until).collect();
-        // Places have no gaps, so an event that is missing has expired.
+        // Positions have no gaps, so an event that is missing has expired.
         if page.is_empty() { Err(self.too_old()) } else { Ok(page) }
     }
 
-    /// Returns the event at a place, if it is still kept.
+    /// Returns the event at a position, if it is still kept.
     async fn event_at(&self, seq: EventSeq) -> Result<Option<VmEvent>, ServiceError> {
         let Some(before) = seq.0.checked_sub(1) else { return Ok(None) };
         let query = EventQuery { after: EventSeq(before), vm_id: None, limit: 1 };
@@ -171,9 +171,9 @@ impl Events {
         Ok(found.into_iter().next().filter(|event| event.seq == seq))
     }
 
-    /// Waits until the log is settled up to `place`, with which a commit has been answered.
-    async fn settled_up_to(&self, place: EventSeq) -> Result<(), ServiceError> {
-        let settled = self.settled.subscribe().wait_for(|settled| *settled >= place).await.map(drop);
+    /// Waits until the log is settled up to `position`, with which a commit has been answered.
+    async fn settled_up_to(&self, position: EventSeq) -> Result<(), ServiceError> {
+        let settled = self.settled.subscribe().wait_for(|settled| *settled >= position).await.map(drop);
         settled.map_err(|_| {
             ServiceError::unavailable("the daemon is stopping: watch again when it is back".to_owned())
         })

@@ -1,22 +1,22 @@
 //! The beginning of a watch: every VM with its present state, up to the marker `synced`.
 //!
 //! The VMs are read from the index in the order of their uids, one page at a time, as fast as the
-//! client reads. They change meanwhile. A beginning therefore has two places, and one sentence is
-//! always true: *every VM up to the place in the index has been sent, with its state at the place
-//! in the log.*
+//! client reads. They change meanwhile. A beginning therefore has two positions, and one sentence
+//! is always true: *every VM up to the position in the index has been sent, with its state at the
+//! position in the log.*
 //!
 //! ```text
 //!   index (uids):  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓┃░░░░ page ░░░░┃               the rest is read later
 //!                  sent           sent next
 //!   log:           … 41 ┃ 42  43  44  45 ┃ 46 …
-//!                     place             fence
-//!                       ┃ replayed       ┃ the place, when the page has been sent
+//!                     position             fence
+//!                       ┃ replayed       ┃ the position, when the page has been sent
 //! ```
 //!
-//! A page is read under the index's lock, but it does not show the state at one place, because
+//! A page is read under the index's lock, but it does not show the state at one position, because
 //! changes of different VMs are answered in any order. It certainly shows everything up to the
-//! place, and nothing behind the fence, which is the last answer after the page was read. The log
-//! is therefore replayed from the place to the fence:
+//! position, and nothing behind the fence, which is the last answer after the page was read. The
+//! log is therefore replayed from the position to the fence:
 //!
 //! - A change of a VM that has been sent is sent as a change.
 //! - A change of a VM of the page is applied to the page, unless the page shows it already.
@@ -24,8 +24,8 @@
 //!   read.
 //!
 //! After that, the page is true at the fence, and is sent. At the end of the index the marker is
-//! sent, whose token is the place, and the watch goes on from there. A beginning keeps two places
-//! and at most one page, for any number of VMs and any speed of the client.
+//! sent, whose token is the position, and the watch goes on from there. A beginning keeps two
+//! positions and at most one page, for any number of VMs and any speed of the client.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -100,14 +100,14 @@ impl ReplayProgress {
         Self::Told(None)
     }
 
-    /// Takes one step, and returns the notices to send next, which may be none. `place` is the
-    /// place of the beginning in the log. A step that is cancelled has changed nothing.
+    /// Takes one step, and returns the notices to send next, which may be none. `position` is the
+    /// position of the beginning in the log. A step that is cancelled has changed nothing.
     pub(super) async fn step(
         &mut self,
         events: &Events,
         index: &Index,
         filter: &WatchFilter,
-        place: &mut EventSeq,
+        position: &mut EventSeq,
     ) -> Result<Vec<WatchMessage>, ServiceError> {
         match self {
             Self::Told(last) => {
@@ -118,14 +118,14 @@ impl ReplayProgress {
                 *self = Self::Replaying(page);
                 Ok(Vec::new())
             }
-            Self::Replaying(page) if *place < page.fence => {
+            Self::Replaying(page) if *position < page.fence => {
                 let fence = page.fence;
                 // The changes up to the fence are applied in batches, so that a step holds one
                 // batch at most.
-                let batch = events.read(*place, fence).await?;
+                let batch = events.read(*position, fence).await?;
                 let mut changes = Vec::new();
                 for event in batch.into_iter().take_while(|event| event.seq <= fence) {
-                    *place = event.seq;
+                    *position = event.seq;
                     if page.replay(&event, filter) {
                         changes.push(WatchMessage::Change(Events::recorded_without_token(event)));
                     }

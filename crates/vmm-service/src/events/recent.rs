@@ -1,4 +1,4 @@
-//! The end of the log in memory. A thousand watchers cost one read of the store because of it.
+//! The end of the log in memory. A thousand watches cost one read of the store because of it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ impl RecentEvents {
         Self { base: end, events: VecDeque::new(), capacity, room, used: 0 }
     }
 
-    /// Returns the last place in the stretch.
+    /// Returns the last position in the stretch.
     pub(super) fn head(&self) -> EventSeq {
         self.events.back().map_or(self.base, |event| event.seq)
     }
@@ -85,7 +85,7 @@ mod tests {
         Arc::new(VmEvent { seq: EventSeq(seq), event })
     }
 
-    fn places(recent: &RecentEvents, after: u64) -> Option<Vec<u64>> {
+    fn positions(recent: &RecentEvents, after: u64) -> Option<Vec<u64>> {
         let found = recent.after(EventSeq(after), 100)?;
         Some(found.iter().map(|event| event.seq.0).collect())
     }
@@ -93,23 +93,26 @@ mod tests {
     #[test]
     fn recent_events_are_returned_only_without_a_gap() {
         let mut recent = RecentEvents::new(EventSeq(5), 3, 1000);
-        assert_eq!((places(&recent, 4), places(&recent, 5), places(&recent, 6)), (None, Some(vec![]), None));
+        assert_eq!(
+            (positions(&recent, 4), positions(&recent, 5), positions(&recent, 6)),
+            (None, Some(vec![]), None)
+        );
         recent.append(EventSeq(5), &[event(6, 0), event(7, 0)]);
-        assert_eq!((places(&recent, 5), places(&recent, 6)), (Some(vec![6, 7]), Some(vec![7])));
+        assert_eq!((positions(&recent, 5), positions(&recent, 6)), (Some(vec![6, 7]), Some(vec![7])));
         recent.append(EventSeq(7), &[event(8, 0), event(9, 0)]);
-        assert_eq!((places(&recent, 5), places(&recent, 6)), (None, Some(vec![7, 8, 9])));
+        assert_eq!((positions(&recent, 5), positions(&recent, 6)), (None, Some(vec![7, 8, 9])));
         recent.append(EventSeq(20), &[event(21, 0)]);
-        assert_eq!((places(&recent, 9), places(&recent, 20)), (None, Some(vec![21])));
+        assert_eq!((positions(&recent, 9), positions(&recent, 20)), (None, Some(vec![21])));
     }
 
     #[test]
     fn long_events_stay_within_the_byte_limit() {
         let mut recent = RecentEvents::new(EventSeq(0), 100, 1000);
         recent.append(EventSeq(0), &[event(1, 400), event(2, 400), event(3, 400)]);
-        assert_eq!((places(&recent, 0), places(&recent, 1)), (None, Some(vec![2, 3])));
+        assert_eq!((positions(&recent, 0), positions(&recent, 1)), (None, Some(vec![2, 3])));
         recent.append(EventSeq(3), &[event(4, 5000)]);
-        assert_eq!((places(&recent, 3), places(&recent, 4)), (None, Some(vec![])));
+        assert_eq!((positions(&recent, 3), positions(&recent, 4)), (None, Some(vec![])));
         recent.append(EventSeq(4), &[event(5, 1000)]);
-        assert_eq!(places(&recent, 4), Some(vec![5]));
+        assert_eq!(positions(&recent, 4), Some(vec![5]));
     }
 }

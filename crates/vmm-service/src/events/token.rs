@@ -1,16 +1,16 @@
-//! Tokens: places in the log that clients keep and send back.
+//! Tokens: positions in the log that clients keep and send back.
 //!
 //! ```text
 //!   e 1f2e3d4c5b6a7988 00000000000004d2 0badcafe
-//!   │ │                │                └ check: of the event at that place
-//!   │ │                └ the place
+//!   │ │                │                └ check: of the event at that position
+//!   │ │                └ the position
 //!   │ └ the instance whose log it is
 //!   └ kind: e an event, s the marker "synced", p the last event of a page
 //! ```
 //!
-//! A token outlives restarts, because instance and place do. The check reveals that the log is not
-//! the one from which the token was made: after a backup is restored, the same places hold other
-//! events.
+//! A token outlives restarts, because instance and position do. The check reveals that the log is
+//! not the one from which the token was made: after a backup is restored, the same positions hold
+//! other events.
 
 use std::fmt;
 use std::str::FromStr;
@@ -29,15 +29,15 @@ pub(super) enum TokenKind {
     Page,
 }
 
-/// A place in a log.
+/// A position in a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Token {
     pub(super) kind: TokenKind,
     /// The instance of the log, see [`fingerprint`].
     pub(super) instance: u64,
-    /// The last place that the client has seen.
+    /// The last position that the client has seen.
     pub(super) seq: EventSeq,
-    /// The check of the event at that place, or 0 if there is none. The token of a page has the
+    /// The check of the event at that position, or 0 if there is none. The token of a page has the
     /// check of its filter.
     pub(super) check: u32,
 }
@@ -85,7 +85,7 @@ pub(super) fn fingerprint(instance: InstanceId) -> u64 {
     fnv([instance.to_string().as_bytes()])
 }
 
-/// Returns a number that distinguishes an event from another one at the same place of a restored
+/// Returns a number that distinguishes an event from another one at the same position of a restored
 /// log. The number is never 0, which stands for no event.
 pub(super) fn check_of(event: &VmEvent) -> u32 {
     let told = &event.event;

@@ -1,4 +1,4 @@
-//! WatchVms: a watcher is a cursor into the log with a filter.
+//! WatchVms: a watch is a cursor into the log with a filter.
 //!
 //! ```text
 //!   without a token ──► present states, "synced" ──┐    (present.rs)
@@ -40,7 +40,7 @@ pub struct WatchQuery {
     pub metadata: BTreeMap<String, String>,
 }
 
-/// A message to a watcher.
+/// A message to a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WatchMessage {
     /// The present state of one VM, at the beginning of a watch without a token.
@@ -57,7 +57,7 @@ pub enum WatchMessage {
     Change(RecordedEvent),
 }
 
-/// The filter of a watcher.
+/// The filter of a watch.
 #[derive(Clone, Debug)]
 pub(super) struct WatchFilter {
     pub(super) vm_id: Option<VmId>,
@@ -75,8 +75,8 @@ impl WatchFilter {
     }
 }
 
-/// A watch. The service keeps its place in the log and, at its beginning, its place among the VMs.
-/// A client that does not read uses no more memory than the few notices in `ready`.
+/// A watch. The service keeps its position in the log and, at its beginning, its position among the
+/// VMs. A client that does not read uses no more memory than the few notices in `ready`.
 pub struct Watch {
     events: Arc<Events>,
     index: Arc<Index>,
@@ -84,7 +84,7 @@ pub struct Watch {
     settled: watch::Receiver<EventSeq>,
     /// The part that is sent before the changes. `None` after the marker has been sent.
     beginning: Option<ReplayProgress>,
-    /// The place up to which every event was sent or lies in `ready`.
+    /// The position up to which every event was sent or lies in `ready`.
     cursor: EventSeq,
     /// True if the watch has been at the end of the log. Before that it may be as far behind as its
     /// token is old.
@@ -164,7 +164,7 @@ impl Watch {
                 continue;
             }
             // A watch that has not caught up may read at any pace, because its token may be old. A
-            // watch that has caught up is limited to the events in memory, because each watcher
+            // watch that has caught up is limited to the events in memory, because each watch
             // behind them would read the store by itself.
             if self.caught_up && settled.0 - self.cursor.0 > u64::from(RECENT) {
                 return Err(ServiceError::exhausted(format!(
@@ -183,13 +183,13 @@ impl Watch {
 }
 
 impl Events {
-    /// Returns the marker of a beginning that is true at `place`.
-    async fn marker(&self, place: EventSeq) -> Result<WatchMessage, ServiceError> {
-        let check = self.event_at(place).await?.as_ref().map_or(0, token::check_of);
-        Ok(WatchMessage::Synced { token: self.token(TokenKind::Synced, place, check), time_ms: now_ms() })
+    /// Returns the marker of a beginning that is true at `position`.
+    async fn marker(&self, position: EventSeq) -> Result<WatchMessage, ServiceError> {
+        let check = self.event_at(position).await?.as_ref().map_or(0, token::check_of);
+        Ok(WatchMessage::Synced { token: self.token(TokenKind::Synced, position, check), time_ms: now_ms() })
     }
 
-    /// Returns the place that a token names, if every event after it is still kept.
+    /// Returns the position that a token names, if every event after it is still kept.
     async fn resume(&self, text: &str) -> Result<EventSeq, ServiceError> {
         let malformed = |why: &str| {
             let what_to_do =

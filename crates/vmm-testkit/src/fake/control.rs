@@ -29,17 +29,17 @@ impl MachineControl {
 
     /// Returns the uid of the VM. `None` after the machine has ended.
     pub fn uid(&self) -> Option<VmUid> {
-        self.look(|machine| machine.uid)
+        self.with_machine(|machine| machine.uid)
     }
 
     /// Returns the state of the guest. `None` after the machine has ended.
     pub fn guest(&self) -> Option<GuestState> {
-        self.look(|machine| machine.guest)
+        self.with_machine(|machine| machine.guest)
     }
 
     /// Returns the number of resets by the daemon.
     pub fn resets(&self) -> usize {
-        self.look(|machine| machine.resets).unwrap_or_default()
+        self.with_machine(|machine| machine.resets).unwrap_or_default()
     }
 
     /// Makes the guest reset itself. The machine continues.
@@ -54,19 +54,19 @@ impl MachineControl {
 
     /// Pauses the guest like another client of the VMM.
     pub fn pause(&self) {
-        self.look(|machine| machine.guest = GuestState::Paused);
+        self.with_machine(|machine| machine.guest = GuestState::Paused);
         self.emit(VmmEvent::Paused);
     }
 
     /// Resumes the guest like another client of the VMM.
     pub fn resume(&self) {
-        self.look(|machine| machine.guest = GuestState::Running);
+        self.with_machine(|machine| machine.guest = GuestState::Running);
         self.emit(VmmEvent::Resumed);
     }
 
     /// Makes the guest fail. The machine stays.
     pub fn fail_guest(&self, why: &str) {
-        self.look(|machine| machine.guest = GuestState::Ended);
+        self.with_machine(|machine| machine.guest = GuestState::Ended);
         self.emit(VmmEvent::GuestFailed(why.to_owned()));
     }
 
@@ -84,42 +84,42 @@ impl MachineControl {
     /// Makes the machine stop answering, like a process that gets SIGSTOP. It can be killed all the
     /// same.
     pub fn stop(&self) {
-        self.look(|machine| machine.silent = true);
+        self.with_machine(|machine| machine.silent = true);
     }
 
     /// Makes the machine answer again.
     pub fn go_on(&self) {
-        self.look(|machine| machine.silent = false);
+        self.with_machine(|machine| machine.silent = false);
     }
 
     /// Sets whether the machine cannot be proven to be the recorded one.
     pub fn set_unprovable(&self, unprovable: bool) {
-        self.look(|machine| machine.unprovable = unprovable);
+        self.with_machine(|machine| machine.unprovable = unprovable);
     }
 
     /// Sets whether the machine outlives SIGKILL, like a process that waits for a broken device.
     pub fn set_unkillable(&self, unkillable: bool) {
-        self.look(|machine| machine.unkillable = unkillable);
+        self.with_machine(|machine| machine.unkillable = unkillable);
     }
 
     /// Makes the guest ignore its power button.
     pub fn ignore_shutdown(&self) {
-        self.look(|machine| machine.obeys = false);
+        self.with_machine(|machine| machine.obeys = false);
     }
 
     /// Sets the state of the guest without an event.
     pub fn set_guest(&self, guest: GuestState) {
-        self.look(|machine| machine.guest = guest);
+        self.with_machine(|machine| machine.guest = guest);
     }
 
     fn emit(&self, event: VmmEvent) {
-        self.look(|machine| {
+        self.with_machine(|machine| {
             // The send fails while no daemon runs.
             let _ = machine.events.try_send(event);
         });
     }
 
-    fn look<T>(&self, look: impl FnOnce(&mut FakeMachine) -> T) -> Option<T> {
-        self.world.lock().machines.get_mut(&self.pid).map(look)
+    fn with_machine<T>(&self, access: impl FnOnce(&mut FakeMachine) -> T) -> Option<T> {
+        self.world.lock().machines.get_mut(&self.pid).map(access)
     }
 }

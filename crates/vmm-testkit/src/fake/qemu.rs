@@ -45,9 +45,9 @@ pub struct GuestScript {
     /// `fake.stubborn`: the VMM refuses to power the VM off. Signals end the VMM all the same.
     pub stubborn: bool,
     /// `fake.slow-off=MS`: the time that the guest takes to power off.
-    pub power_off_takes: Duration,
+    pub power_off_delay: Duration,
     /// `fake.off-after=MS`: the time after its first start at which the guest powers off by itself.
-    pub powers_off_after: Option<Duration>,
+    pub own_power_off_delay: Option<Duration>,
     /// `fake.hangs`: the VMM announces its end and does not exit, as QEMU 7.2 may. Signals end it
     /// all the same.
     pub hangs: bool,
@@ -63,8 +63,8 @@ impl GuestScript {
             match word.split_once('=').unwrap_or((word, "")) {
                 ("fake.deaf", _) => script.deaf = true,
                 ("fake.stubborn", _) => script.stubborn = true,
-                ("fake.slow-off", ms) => script.power_off_takes = millis(ms),
-                ("fake.off-after", ms) => script.powers_off_after = Some(millis(ms)),
+                ("fake.slow-off", ms) => script.power_off_delay = millis(ms),
+                ("fake.off-after", ms) => script.own_power_off_delay = Some(millis(ms)),
                 ("fake.hangs", _) => script.hangs = true,
                 ("fake.unwakeable", _) => script.unwakeable = true,
                 _ => {}
@@ -237,7 +237,7 @@ impl FakeQemu {
                 // The time until the guest powers off by itself begins with the first `cont`, as
                 // its boot does.
                 if machine.guest == FakeGuestState::Prelaunch
-                    && let Some(delay) = machine.order.script.powers_off_after
+                    && let Some(delay) = machine.order.script.own_power_off_delay
                 {
                     Self::power_off_after(shared, delay)?;
                 }
@@ -288,7 +288,7 @@ impl FakeQemu {
         }
         // One press is one power-off, so the button is released before the delay begins.
         machine.button = false;
-        let delay = machine.order.script.power_off_takes;
+        let delay = machine.order.script.power_off_delay;
         if delay.is_zero() {
             machine.end("guest-shutdown");
         }
@@ -370,8 +370,8 @@ impl FakeQemu {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a thread of a process of its own, without an executor")]
-fn pause(time: Duration) {
-    std::thread::sleep(time);
+fn pause(delay: Duration) {
+    std::thread::sleep(delay);
 }
 
 #[cfg(test)]
@@ -392,8 +392,8 @@ mod tests {
         }
         let script = GuestScript {
             deaf: true,
-            power_off_takes: Duration::from_millis(250),
-            powers_off_after: Some(Duration::from_millis(9)),
+            power_off_delay: Duration::from_millis(250),
+            own_power_off_delay: Some(Duration::from_millis(9)),
             ..GuestScript::default()
         };
         let expected = FakeQemuArguments {

@@ -85,8 +85,8 @@ impl FakeVmm {
     ///
     /// [`BackendErrorKind::Timeout`] if the machine does not answer at the deadline. The machine is
     /// not ended then.
-    async fn asked_to_end(&self, time: Duration) -> Result<EndedBy, BackendError> {
-        let deadline = tokio::time::Instant::now() + time;
+    async fn asked_to_end(&self, guest_timeout: Duration) -> Result<EndedBy, BackendError> {
+        let deadline = tokio::time::Instant::now() + guest_timeout;
         loop {
             // The state is read anew in each round, because a test may stop, release or end the
             // machine meanwhile. A missing machine means that the guest ended by itself.

@@ -13,7 +13,7 @@ const UART_STATUS: u16 = 0x3fd;
 #[derive(Default)]
 pub(super) struct MachineCode(pub(super) Vec<u8>);
 
-/// The place of a short forward jump whose distance is not known yet.
+/// The offset of a short forward jump whose distance is not known yet.
 struct ForwardJump(usize);
 
 impl MachineCode {
@@ -110,7 +110,8 @@ impl MachineCode {
         // The keyboard controller pulses the CPU's reset line: q35, Cloud Hypervisor, Firecracker.
         self.emit(&[0xb0, 0xfe]); //                          mov al, 0xfe
         self.emit(&[0xe6, 0x64]); //                          out 0x64, al
-        // A QEMU microvm without a keyboard controller: the reset register of its generic event device.
+        // A QEMU microvm without a keyboard controller: the reset register of its generic event
+        // device.
         self.emit(&[0xc6, 0x05, 0x02, 0x02, 0xa0, 0xfe, 0x42]); // mov byte [0xfea00202], 0x42
     }
 

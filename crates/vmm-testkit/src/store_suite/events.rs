@@ -1,17 +1,17 @@
-//! The cases about the log of events: places, pages and expiry.
+//! The cases about the log of events: positions, pages and expiry.
 
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::store::{Commit, RecordChange, VmRecord};
 
-use super::StorePlace;
+use super::StoreFixture;
 use super::samples::{
-    all_events, commit, event, events, id, insert, load, next, places, race, record, remove, update,
+    all_events, commit, event, events, id, insert, load, next, positions, race, record, remove, update,
 };
 
 /// Removing a VM again, or one that never existed, succeeds and logs nothing. The events of removed
 /// VMs stay.
-pub async fn a_second_removal_is_harmless_and_keeps_the_events(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn a_second_removal_is_harmless_and_keeps_the_events(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let (vm, other) = (record("vm"), record("other"));
     commit(&*store, insert(&vm)).await;
     commit(&*store, insert(&other)).await;
@@ -20,16 +20,16 @@ pub async fn a_second_removal_is_harmless_and_keeps_the_events(place: &impl Stor
         assert_eq!(store.commit(nothing).await.expect("removing nothing is legal"), None);
     }
     drop(store);
-    let store = place.open().await;
+    let store = fixture.open().await;
     assert_eq!(load(&*store).await.vms, [other]);
     let of_vm = events(&*store, EventSeq(0), Some(vm.vm_id.clone()), 10).await;
     assert_eq!(of_vm.iter().map(|e| e.seq.0).collect::<Vec<_>>(), [1, 3]);
 }
 
 /// Concurrent commits win or lose. The events of the winners fill the log without a gap, each in
-/// the place of its answer.
-pub async fn events_have_no_gaps_and_follow_the_order_of_the_answers(place: &impl StorePlace) {
-    let store = place.open().await;
+/// the position of its answer.
+pub async fn events_have_no_gaps_and_follow_the_order_of_the_answers(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let mut expected = Vec::new();
     for round in 0..8_i64 {
         let mut vms: Vec<VmRecord> = (0..8).map(|vm| record(&format!("vm-{round}-{vm}"))).collect();
@@ -40,16 +40,16 @@ pub async fn events_have_no_gaps_and_follow_the_order_of_the_answers(place: &imp
     }
     expected.sort_by_key(|event| event.seq);
     assert_eq!(expected.len(), 8 * 9);
-    assert_eq!(places(&*store).await, (1..=8 * 9).collect::<Vec<u64>>());
+    assert_eq!(positions(&*store).await, (1..=8 * 9).collect::<Vec<u64>>());
     assert_eq!(all_events(&*store).await, expected);
     drop(store);
-    assert_eq!(all_events(&*place.open().await).await, expected);
+    assert_eq!(all_events(&*fixture.open().await).await, expected);
 }
 
-/// A query begins after its place, ends at its limit and returns one name only, for every VM that
-/// had the name.
-pub async fn events_are_paged(place: &impl StorePlace) {
-    let store = place.open().await;
+/// A query begins after its position, ends at its limit and returns one name only, for every VM
+/// that had the name.
+pub async fn events_are_paged(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let mut of_even = Vec::new();
     for number in 0..20_u64 {
         let vm = record(if number % 2 == 0 { "even" } else { "odd" });
@@ -71,7 +71,7 @@ pub async fn events_are_paged(place: &impl StorePlace) {
         paged.extend(page.iter().map(|e| e.seq.0));
     }
     assert_eq!(paged, of_even);
-    assert_eq!(places(&*store).await, (1..=40).collect::<Vec<u64>>());
+    assert_eq!(positions(&*store).await, (1..=40).collect::<Vec<u64>>());
     assert!(events(&*store, EventSeq(0), None, 0).await.is_empty());
     assert!(events(&*store, EventSeq(40), None, 10).await.is_empty());
     assert!(events(&*store, EventSeq(u64::MAX), None, 10).await.is_empty());
@@ -79,10 +79,10 @@ pub async fn events_are_paged(place: &impl StorePlace) {
     assert_eq!(events(&*store, EventSeq(38), None, usize::MAX).await.len(), 2);
 }
 
-/// Expiry removes older events and nothing else. No place is given again, even if all events are
+/// Expiry removes older events and nothing else. No position is given again, even if all events are
 /// gone and the store was reopened.
-pub async fn expiry_removes_old_events_and_no_position_is_reused(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn expiry_removes_old_events_and_no_position_is_reused(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let mut vm = record("vm");
     for time_ms in 1..=10_i64 {
         let change = if time_ms == 1 { RecordChange::Insert } else { RecordChange::Update };
@@ -92,13 +92,13 @@ pub async fn expiry_removes_old_events_and_no_position_is_reused(place: &impl St
     }
     assert_eq!(store.expire_events(1).await.expect("expiry works"), 0);
     assert_eq!(store.expire_events(4).await.expect("expiry works"), 3);
-    assert_eq!(places(&*store).await, (4..=10).collect::<Vec<u64>>());
+    assert_eq!(positions(&*store).await, (4..=10).collect::<Vec<u64>>());
     assert_eq!(store.expire_events(i64::MAX).await.expect("expiry works"), 7);
-    assert!(places(&*store).await.is_empty());
+    assert!(positions(&*store).await.is_empty());
     assert_eq!(load(&*store).await.last_event, EventSeq(10));
     drop(store);
 
-    let store = place.open().await;
+    let store = fixture.open().await;
     let snapshot = load(&*store).await;
     assert_eq!(snapshot.last_event, EventSeq(10));
     assert_eq!(snapshot.vms.len(), 1, "expiry touches no VM");
@@ -106,8 +106,8 @@ pub async fn expiry_removes_old_events_and_no_position_is_reused(place: &impl St
 }
 
 /// Expiry stops at the first event that is young enough, even if older events follow it.
-pub async fn expiry_makes_no_gap_after_the_clock_was_set_back(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn expiry_makes_no_gap_after_the_clock_was_set_back(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let mut vm = record("vm");
     for (at, time_ms) in [10, 20, 5, 1, 30].into_iter().enumerate() {
         let change = if at == 0 { RecordChange::Insert } else { RecordChange::Update };
@@ -116,7 +116,7 @@ pub async fn expiry_makes_no_gap_after_the_clock_was_set_back(place: &impl Store
         vm = next(&vm);
     }
     assert_eq!(store.expire_events(15).await.expect("expiry works"), 1);
-    assert_eq!(places(&*store).await, [2, 3, 4, 5], "5 and 1 are behind 20");
+    assert_eq!(positions(&*store).await, [2, 3, 4, 5], "5 and 1 are behind 20");
     assert_eq!(store.expire_events(25).await.expect("expiry works"), 3);
-    assert_eq!(places(&*store).await, [5]);
+    assert_eq!(positions(&*store).await, [5]);
 }

@@ -9,16 +9,16 @@ use vmm_core::reason::Reason;
 use vmm_core::state::{Phase, Status, VmState};
 use vmm_core::store::{Commit, HostClaim, RecordChange, StoreErrorKind, Tombstone, VmRecord};
 
-use super::StorePlace;
+use super::StoreFixture;
 use super::samples::{
-    all_events, assert_refused, commit, event, events, insert, load, next, places, race, record, remove,
+    all_events, assert_refused, commit, event, events, insert, load, next, positions, race, record, remove,
     update,
 };
 
 /// VMs, events and the identity are present after reopening, and the oldest VM comes first.
-pub async fn all_data_survives_a_reopening(place: &impl StorePlace) {
+pub async fn all_data_survives_a_reopening(fixture: &impl StoreFixture) {
     let (a, b) = (record("a"), record("b"));
-    let store = place.open().await;
+    let store = fixture.open().await;
     let before = load(&*store).await;
     assert!(before.vms.is_empty());
     assert_eq!(before.last_event, EventSeq(0));
@@ -37,7 +37,7 @@ pub async fn all_data_survives_a_reopening(place: &impl StorePlace) {
     assert_eq!(store.commit(silent).await.expect("the commit is legal"), None);
     drop(store);
 
-    let store = place.open().await;
+    let store = fixture.open().await;
     let after = load(&*store).await;
     assert_eq!(after.vms, [changed, b.clone()]);
     assert_eq!(after.instance, before.instance);
@@ -50,8 +50,8 @@ pub async fn all_data_survives_a_reopening(place: &impl StorePlace) {
 }
 
 /// A read that begins after a commit was answered sees the commit.
-pub async fn a_read_reflects_every_answered_commit(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn a_read_reflects_every_answered_commit(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let mut vm = record("vm");
     let mut last = commit(&*store, insert(&vm)).await;
     for _ in 0..50 {
@@ -66,14 +66,14 @@ pub async fn a_read_reflects_every_answered_commit(place: &impl StorePlace) {
 }
 
 /// A second VM with a name in use is refused and leaves no event. The name of a removed VM is free.
-pub async fn a_name_belongs_to_one_living_vm(place: &impl StorePlace) {
+pub async fn a_name_belongs_to_one_living_vm(fixture: &impl StoreFixture) {
     let (first, second, other) = (record("name"), record("name"), record("Name"));
-    let store = place.open().await;
+    let store = fixture.open().await;
     commit(&*store, insert(&first)).await;
     assert_refused(store.commit(insert(&second)).await, StoreErrorKind::NameTaken);
     assert_refused(store.commit(insert(&first)).await, StoreErrorKind::NameTaken);
     assert_eq!(load(&*store).await.vms, std::slice::from_ref(&first));
-    assert_eq!(places(&*store).await, [1], "a refused commit leaves no event");
+    assert_eq!(positions(&*store).await, [1], "a refused commit leaves no event");
     commit(&*store, insert(&other)).await;
     commit(&*store, remove(&first)).await;
     commit(&*store, insert(&second)).await;
@@ -82,8 +82,8 @@ pub async fn a_name_belongs_to_one_living_vm(place: &impl StorePlace) {
 }
 
 /// Of many concurrent inserts with one name, one is recorded.
-pub async fn one_of_many_inserts_of_a_name_succeeds(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn one_of_many_inserts_of_a_name_succeeds(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let rivals: Vec<VmRecord> = (0..32).map(|_| record("name")).collect();
     let results = race(&store, rivals.iter().map(insert).collect()).await;
     let mut winners = Vec::new();
@@ -96,12 +96,12 @@ pub async fn one_of_many_inserts_of_a_name_succeeds(place: &impl StorePlace) {
     assert_eq!(winners.len(), 1);
     assert_eq!(winners[0].1, Some(EventSeq(1)));
     assert_eq!(load(&*store).await.vms, [winners[0].0.clone()]);
-    assert_eq!(places(&*store).await, [1]);
+    assert_eq!(positions(&*store).await, [1]);
 }
 
 /// An update that does not follow the stored generation is refused and leaves no event.
-pub async fn an_update_needs_the_previous_generation(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn an_update_needs_the_previous_generation(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let vm = record("vm");
     assert_refused(store.commit(update(&next(&vm))).await, StoreErrorKind::Conflict);
     commit(&*store, insert(&vm)).await;
@@ -115,12 +115,12 @@ pub async fn an_update_needs_the_previous_generation(place: &impl StorePlace) {
     commit(&*store, remove(&second)).await;
     assert_refused(store.commit(update(&third)).await, StoreErrorKind::Conflict);
     assert!(load(&*store).await.vms.is_empty());
-    assert_eq!(places(&*store).await, [1, 2, 3]);
+    assert_eq!(positions(&*store).await, [1, 2, 3]);
 }
 
 /// Of many concurrent updates to one generation, one is recorded.
-pub async fn one_of_many_updates_of_a_generation_succeeds(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn one_of_many_updates_of_a_generation_succeeds(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let vm = record("vm");
     commit(&*store, insert(&vm)).await;
     let rivals: Vec<VmRecord> = (0..16).map(|at| VmRecord { modified_ms: 1_000 + at, ..next(&vm) }).collect();
@@ -131,13 +131,13 @@ pub async fn one_of_many_updates_of_a_generation_succeeds(place: &impl StorePlac
     for result in results.into_iter().filter(Result::is_err) {
         assert_refused(result, StoreErrorKind::Conflict);
     }
-    assert_eq!(places(&*store).await, [1, 2]);
+    assert_eq!(positions(&*store).await, [1, 2]);
 }
 
 /// Burying a VM removes the VM and logs its event. The tombstone stays across openings until it is
 /// removed.
-pub async fn a_tombstone_stays_until_its_removal(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn a_tombstone_stays_until_its_removal(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let vm = record("vm");
     let grave = Tombstone { claims: vec![HostClaim::Tap { name: "tap0".to_owned() }], vm: vm.clone() };
     let bury = Commit { change: RecordChange::Bury(Box::new(grave.clone())), event: Some(event(&vm, 0)) };
@@ -148,7 +148,7 @@ pub async fn a_tombstone_stays_until_its_removal(place: &impl StorePlace) {
     // The name is free again, although a process of the first VM may live.
     commit(&*store, insert(&record("vm"))).await;
     drop(store);
-    let store = place.open().await;
+    let store = fixture.open().await;
     let found = load(&*store).await;
     assert_eq!((found.tombstones, found.vms.len()), (vec![grave], 1));
     for _ in 0..2 {
@@ -159,8 +159,8 @@ pub async fn a_tombstone_stays_until_its_removal(place: &impl StorePlace) {
 }
 
 /// A commit whose caller goes away is applied fully or not at all, and delays no other commit.
-pub async fn a_cancelled_commit_is_complete_or_absent(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn a_cancelled_commit_is_complete_or_absent(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let vms: Vec<VmRecord> = (0..32).map(|number| record(&format!("vm-{number}"))).collect();
     for vm in &vms {
         let store = Arc::clone(&store);
@@ -174,7 +174,7 @@ pub async fn a_cancelled_commit_is_complete_or_absent(place: &impl StorePlace) {
     }
     commit(&*store, insert(&record("last"))).await;
     drop(store);
-    let store = place.open().await;
+    let store = fixture.open().await;
     let recorded: BTreeSet<VmUid> = load(&*store).await.vms.iter().map(|vm| vm.uid).collect();
     let log = all_events(&*store).await;
     assert_eq!(log.iter().map(|e| e.event.uid).collect::<BTreeSet<_>>(), recorded);
@@ -182,8 +182,8 @@ pub async fn a_cancelled_commit_is_complete_or_absent(place: &impl StorePlace) {
 }
 
 /// A forced commit obeys the rules of an ordinary one.
-pub async fn a_forced_commit_obeys_the_rules_of_a_plain_one(place: &impl StorePlace) {
-    let store = place.open().await;
+pub async fn a_forced_commit_obeys_the_rules_of_a_plain_one(fixture: &impl StoreFixture) {
+    let store = fixture.open().await;
     let vm = record("vm");
     assert_refused(store.commit_forced(update(&next(&vm))).await, StoreErrorKind::Conflict);
     commit(&*store, insert(&vm)).await;
@@ -192,7 +192,7 @@ pub async fn a_forced_commit_obeys_the_rules_of_a_plain_one(place: &impl StorePl
     assert_eq!(load(&*store).await.vms, [changed]);
     assert_eq!(store.commit_forced(remove(&vm)).await.expect("it is legal"), Some(EventSeq(3)));
     drop(store);
-    let store = place.open().await;
+    let store = fixture.open().await;
     assert!(load(&*store).await.vms.is_empty());
-    assert_eq!(places(&*store).await, [1, 2, 3]);
+    assert_eq!(positions(&*store).await, [1, 2, 3]);
 }

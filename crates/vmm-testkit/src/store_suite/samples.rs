@@ -158,7 +158,7 @@ pub(super) async fn events(
     store.events(EventQuery { after, vm_id, limit }).await.expect("reading works")
 }
 
-pub(super) async fn places(store: &dyn Store) -> Vec<u64> {
+pub(super) async fn positions(store: &dyn Store) -> Vec<u64> {
     all_events(store).await.into_iter().map(|event| event.seq.0).collect()
 }
 

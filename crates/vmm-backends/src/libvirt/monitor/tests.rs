@@ -11,9 +11,9 @@ use super::*;
 const SHORT_DELAY: Duration = Duration::from_millis(20);
 const UNREACHED_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// A watch of a process that runs `script`, with a libvirt that reports the domain in `state`.
+/// A monitor of a process that runs `script`, with a libvirt that reports the domain in `state`.
 struct Scene {
-    watch: DomainMonitor,
+    monitor: DomainMonitor,
     state: Arc<Mutex<DomainState>>,
     /// The number of calls that libvirt received.
     asked: Arc<AtomicUsize>,
@@ -37,8 +37,8 @@ async fn scene(script: &str, state: DomainState, patience: Option<ExitTimeouts>)
     }));
     let (events, happened) = mpsc::channel(16);
     let (handle, wanted) = oneshot::channel();
-    let watch = DomainMonitor {
-        watched: link.watch(uuid),
+    let monitor = DomainMonitor {
+        watched: link.subscribe(uuid),
         process: qemu.process().clone(),
         link,
         guest: Arc::new(GuestOrders::new(true)),
@@ -51,7 +51,7 @@ async fn scene(script: &str, state: DomainState, patience: Option<ExitTimeouts>)
         throttle: Throttle::new(),
         compare_at: None,
     };
-    Scene { watch, state, asked, happened, qemu, _handle: handle, _dir: dir }
+    Scene { monitor, state, asked, happened, qemu, _handle: handle, _dir: dir }
 }
 
 /// Returns QEMU's event after a reset by a guest that may not reset itself.
@@ -61,11 +61,11 @@ fn shut_down() -> DomainEvent {
 
 /// Returns the signal that ends a QEMU which has announced its end.
 async fn ended_by(script: &str, patience: ExitTimeouts) -> i32 {
-    let Scene { mut watch, mut happened, qemu, _handle, _dir, .. } =
+    let Scene { mut monitor, mut happened, qemu, _handle, _dir, .. } =
         scene(script, DomainState::ShuttingDown, Some(patience)).await;
-    watch.on_event(shut_down()).await;
-    watch.on_event(DomainEvent::Lifecycle(Lifecycle::Stopped)).await;
-    watch.run().await;
+    monitor.on_event(shut_down()).await;
+    monitor.on_event(DomainEvent::Lifecycle(Lifecycle::Stopped)).await;
+    monitor.run().await;
     let told = happened.recv().await;
     assert!(matches!(&told, Some(VmmEvent::Gone(Exit { cause: ExitCause::GuestReset, .. }))), "{told:?}");
     match qemu.wait().await.status {
@@ -98,10 +98,10 @@ async fn a_qemu_that_runs_again_gets_no_signal() {
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     for state in [DomainState::Running, DomainState::Paused] {
         let mut scene = scene("exec sleep 600", state, patience).await;
-        scene.watch.on_event(shut_down()).await;
-        assert!(scene.watch.end.is_some());
-        scene.watch.signal_waited_for_qemu(Signal::KILL).await;
-        assert!(scene.watch.end.is_none(), "libvirt knows better");
+        scene.monitor.on_event(shut_down()).await;
+        assert!(scene.monitor.end.is_some());
+        scene.monitor.signal_waited_for_qemu(Signal::KILL).await;
+        assert!(scene.monitor.end.is_none(), "libvirt knows better");
         assert!(scene.qemu.wait_for(5 * SHORT_DELAY).await.is_none());
     }
 }
@@ -111,9 +111,9 @@ async fn a_reset_cancels_the_expected_end() {
     let patience =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let mut scene = scene("exec sleep 600", DomainState::Running, patience).await;
-    scene.watch.on_event(shut_down()).await;
-    scene.watch.on_event(DomainEvent::Monitor("RESET".to_owned(), r#"{"guest":false}"#.to_owned())).await;
-    assert!(scene.watch.end.is_none() && scene.watch.reason.is_none());
+    scene.monitor.on_event(shut_down()).await;
+    scene.monitor.on_event(DomainEvent::Monitor("RESET".to_owned(), r#"{"guest":false}"#.to_owned())).await;
+    assert!(scene.monitor.end.is_none() && scene.monitor.reason.is_none());
     assert_eq!(scene.happened.try_recv().unwrap(), VmmEvent::ResetFromOutside);
 }
 
@@ -123,14 +123,14 @@ async fn a_panicked_guest_is_not_reported_as_paused() {
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let panicked = || DomainEvent::Monitor("GUEST_PANICKED".to_owned(), r#"{"action":"pause"}"#.to_owned());
     let mut scene = scene("exec sleep 600", DomainState::Paused, patience).await;
-    scene.watch.on_event(panicked()).await;
-    scene.watch.on_event(DomainEvent::Lifecycle(Lifecycle::Suspended)).await;
+    scene.monitor.on_event(panicked()).await;
+    scene.monitor.on_event(DomainEvent::Lifecycle(Lifecycle::Suspended)).await;
     assert!(scene.happened.try_recv().is_err(), "its end is told");
     // An imported domain is not ended by this program, so libvirt may keep it paused after a panic.
-    scene.watch.patience = None;
-    scene.watch.reason = None;
-    scene.watch.on_event(panicked()).await;
-    scene.watch.on_event(DomainEvent::Lifecycle(Lifecycle::Suspended)).await;
+    scene.monitor.patience = None;
+    scene.monitor.reason = None;
+    scene.monitor.on_event(panicked()).await;
+    scene.monitor.on_event(DomainEvent::Lifecycle(Lifecycle::Suspended)).await;
     assert_eq!(scene.happened.try_recv().unwrap(), VmmEvent::Paused);
 }
 
@@ -139,16 +139,16 @@ async fn a_missed_shutdown_event_is_found_after_a_reconnect() {
     let patience =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, patience).await;
-    scene.watch.on_event(DomainEvent::Connected).await;
-    assert!(scene.watch.end.is_some());
+    scene.monitor.on_event(DomainEvent::Connected).await;
+    assert!(scene.monitor.end.is_some());
 }
 
 #[tokio::test]
 async fn the_exit_of_a_foreign_domain_is_not_forced() {
     let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, None).await;
-    scene.watch.on_event(shut_down()).await;
-    scene.watch.on_event(DomainEvent::Connected).await;
-    assert!(scene.watch.end.is_none());
+    scene.monitor.on_event(shut_down()).await;
+    scene.monitor.on_event(DomainEvent::Connected).await;
+    assert!(scene.monitor.end.is_none());
 }
 
 #[tokio::test]
@@ -158,18 +158,18 @@ async fn a_thousand_changes_cause_a_burst_of_queries_and_a_last_one() {
     let changes = [(Lifecycle::Suspended, DomainState::Paused), (Lifecycle::Resumed, DomainState::Running)];
     for (event, state) in changes.into_iter().cycle().take(1001) {
         *scene.state.lock().unwrap() = state;
-        scene.watch.on_event(DomainEvent::Lifecycle(event)).await;
+        scene.monitor.on_event(DomainEvent::Lifecycle(event)).await;
     }
     let told: Vec<_> = std::iter::from_fn(|| scene.happened.try_recv().ok()).collect();
     assert_eq!((scene.asked.load(Ordering::Relaxed), told.len()), (16, 16));
     assert_eq!(told.last(), Some(&VmmEvent::Resumed));
     // The guest is paused since the last event, which the throttle delayed.
-    let Scene { watch, asked, mut happened, qemu, _handle, .. } = scene;
-    let watching = tokio::spawn(watch.run());
+    let Scene { monitor, asked, mut happened, qemu, _handle, .. } = scene;
+    let running = tokio::spawn(monitor.run());
     assert_eq!(happened.recv().await, Some(VmmEvent::Paused));
     assert_eq!(asked.load(Ordering::Relaxed), 17);
     qemu.signal(Signal::KILL).unwrap();
-    watching.await.unwrap();
+    running.await.unwrap();
 }
 
 #[test]

@@ -40,7 +40,7 @@ struct AttachedQemuVmm {
     link: Arc<QemuLink>,
     guest: Arc<GuestOrders>,
     held: SocketLease,
-    /// Dropped together with the handle, which the watch notices.
+    /// Dropped together with the handle, which the monitor notices.
     _wanted: oneshot::Sender<()>,
 }
 
@@ -56,7 +56,7 @@ pub(super) fn attend(
     let guest = Arc::new(GuestOrders::new(parts.guest == GuestPhase::Running));
     let (wanted, handle) = oneshot::channel();
     let span = tracing::info_span!(parent: None, "attached-qemu", pid = process.pid());
-    let watch = QemuMonitor {
+    let monitor = QemuMonitor {
         process: process.clone(),
         link: Arc::clone(&link),
         guest: Arc::clone(&guest),
@@ -70,7 +70,7 @@ pub(super) fn attend(
         throttle: Throttle::new(),
         compare_at: None,
     };
-    tokio::spawn(watch.run().instrument(span));
+    tokio::spawn(monitor.run().instrument(span));
     let handle =
         AttachedQemuVmm { run: parts.run, process, program, link, guest, held: parts.held, _wanted: wanted };
     LaunchedVmm { vmm: Arc::new(handle), events }

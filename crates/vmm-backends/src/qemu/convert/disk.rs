@@ -14,14 +14,14 @@ use crate::qemu::layout::{DISK_SLOT, SERIAL_LEN};
 /// [`PathNotUtf8`].
 pub(super) fn option(
     machine: QemuMachine,
-    place: usize,
+    index: usize,
     disk: &Disk,
     image: ImageKind,
 ) -> Result<DiskOption, PathNotUtf8> {
     let Disk { index: _, id, path, read_only, is_root: _, format, backing_files, cache, direct_io, limits } =
         disk;
     let filename = path.to_str().ok_or_else(|| PathNotUtf8(path.clone()))?;
-    let throttle = format!("disk{place}");
+    let throttle = format!("disk{index}");
     let common = json!({
         "read-only": read_only,
         "discard": if *read_only { "ignore" } else { "unmap" },
@@ -32,9 +32,9 @@ pub(super) fn option(
         ImageKind::BlockDevice => "host_device",
     };
     let file_node = json!({
-        "driver": driver, "node-name": format!("disk{place}-file"), "filename": filename, "locking": "auto",
+        "driver": driver, "node-name": format!("disk{index}-file"), "filename": filename, "locking": "auto",
     });
-    let mut format_node = json!({ "driver": format.as_str(), "node-name": format!("disk{place}-format") });
+    let mut format_node = json!({ "driver": format.as_str(), "node-name": format!("disk{index}-format") });
     if *format == DiskFormat::Qcow2 && !backing_files {
         // Without this line QEMU would open the backing file that the image's header names.
         format_node["backing"] = Value::Null;
@@ -51,10 +51,10 @@ pub(super) fn option(
     // as on the other backends.
     let serial: String = id.chars().take(SERIAL_LEN).collect();
     let device = json!({
-        "driver": format!("virtio-blk-{}", machine.virtio()), "id": format!("disk{place}"),
+        "driver": format!("virtio-blk-{}", machine.virtio()), "id": format!("disk{index}"),
         "serial": serial, "werror": "report", "rerror": "report",
     });
-    Ok(DiskOption { nodes, limit, device: merged(device, &address(machine, DISK_SLOT, place, place)) })
+    Ok(DiskOption { nodes, limit, device: merged(device, &address(machine, DISK_SLOT, index, index)) })
 }
 
 fn throttle_group(disk: &str, limits: RateLimit) -> Option<Value> {

@@ -98,8 +98,8 @@ impl DiskOption {
     fn write_words(&self, words: &mut Vec<OsString>) {
         let mut below = None;
         let top = self.nodes.len().saturating_sub(1);
-        for (place, node) in self.nodes.iter().enumerate() {
-            if place == top
+        for (index, node) in self.nodes.iter().enumerate() {
+            if index == top
                 && let Some(limit) = &self.limit
             {
                 words.extend(["-object".into(), limit.to_string().into()]);

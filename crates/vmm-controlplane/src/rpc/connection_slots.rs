@@ -1,10 +1,9 @@
-//! The admission of connections: which connections get a place, and which are served as a last
-//! resort.
+//! The slots of connections. A connection gets a slot, or is served as a last resort.
 //!
 //! ```text
-//!   accepted ── a place is free, and the peer has its share ──► a regular connection
+//!   accepted ── a slot is free, and the peer has its share ──► a regular connection
 //!      │
-//!      ├─────── else a connection is idle: it closes and gives its place away
+//!      ├─────── else a connection is idle: it closes and gives its slot away
 //!      │                 └─────────────────────────────────────► a regular connection
 //!      │
 //!      └─────── else ──► a connection of last resort: one answer, soon, to health and force alone
@@ -23,10 +22,10 @@ use super::activity::ConnectionActivity;
 /// The most connections that may be closing at the same time to make room for others.
 const MOST_LEAVING: usize = 32;
 
-/// The places of one server.
-pub(super) struct ConnectionAdmission {
-    places: usize,
-    places_per_peer: usize,
+/// The slots of one server.
+pub(super) struct ConnectionSlots {
+    slots: usize,
+    slots_per_peer: usize,
     state: Mutex<AdmissionState>,
 }
 
@@ -41,7 +40,7 @@ struct AdmissionState {
 struct OpenConnection {
     peer: Peer,
     activity: Arc<ConnectionActivity>,
-    /// True once the place belongs to another connection and this one is closing.
+    /// True once the slot belongs to another connection and this one is closing.
     leaving: bool,
 }
 
@@ -66,37 +65,37 @@ impl Peer {
     }
 }
 
-impl ConnectionAdmission {
-    pub(super) fn new(places: usize, places_per_peer: usize) -> Arc<Self> {
-        Arc::new(Self { places, places_per_peer, state: Mutex::default() })
+impl ConnectionSlots {
+    pub(super) fn new(slots: usize, slots_per_peer: usize) -> Arc<Self> {
+        Arc::new(Self { slots, slots_per_peer, state: Mutex::default() })
     }
 
-    /// Gives a connection a place, if necessary by closing an idle connection. Returns `None` if
-    /// there is no free place and no idle connection.
+    /// Gives a connection a slot, if necessary by closing an idle connection. Returns `None` if
+    /// there is no free slot and no idle connection.
     pub(super) fn admit(
         self: &Arc<Self>,
         address: SocketAddr,
         activity: &Arc<ConnectionActivity>,
-    ) -> Option<ConnectionPlace> {
+    ) -> Option<ConnectionSlot> {
         let peer = Peer::of(address);
         let mut state = self.state();
-        // The peer's share is checked before the places of the server. A peer that has used up its
+        // The peer's share is checked before the slots of the server. A peer that has used up its
         // share may replace only an idle connection of its own, so one peer cannot evict the idle
-        // connections of others. A peer within its share takes a free place, or replaces the
+        // connections of others. A peer within its share takes a free slot, or replaces the
         // connection that has been idle longest, whoever owns it. A connection that is leaving has
-        // given its place away already and is not counted. All of this happens under one lock, so
-        // two new connections cannot take the same place.
+        // given its slot away already and is not counted. All of this happens under one lock, so
+        // two new connections cannot take the same slot.
         let of_peer = state.peers.get(&peer).copied().unwrap_or(0);
-        if peer != Peer::ThisHost && of_peer >= self.places_per_peer {
+        if peer != Peer::ThisHost && of_peer >= self.slots_per_peer {
             state.evict(|open| open.peer == peer)?;
-        } else if state.open.len() - state.leaving >= self.places {
+        } else if state.open.len() - state.leaving >= self.slots {
             state.evict(|_| true)?;
         }
         state.last += 1;
         let number = state.last;
         state.open.insert(number, OpenConnection { peer, activity: Arc::clone(activity), leaving: false });
         *state.peers.entry(peer).or_default() += 1;
-        Some(ConnectionPlace { admission: Arc::clone(self), number })
+        Some(ConnectionSlot { slots: Arc::clone(self), number })
     }
 
     fn state(&self) -> MutexGuard<'_, AdmissionState> {
@@ -108,8 +107,8 @@ impl AdmissionState {
     /// Asks the connection that has been idle longest, of those for which `may` is true, to close.
     /// Returns `None` if there is none.
     fn evict(&mut self, may: impl Fn(&OpenConnection) -> bool) -> Option<()> {
-        // A leaving connection keeps its socket for up to a second after its place was given away.
-        // This bound keeps the number of open sockets from growing far beyond the number of places.
+        // A leaving connection keeps its socket for up to a second after its slot was given away.
+        // This bound keeps the number of open sockets from growing far beyond the number of slots.
         if self.leaving >= MOST_LEAVING {
             return None;
         }
@@ -118,8 +117,8 @@ impl AdmissionState {
             Some((since, open))
         });
         let (_, open) = idle.min_by_key(|(since, _)| *since)?;
-        // The place and the share of the peer are given away now and not when the connection is
-        // closed, because the new connection must not wait for the old one. `ConnectionPlace::drop`
+        // The slot and the share of the peer are given away now and not when the connection is
+        // closed, because the new connection must not wait for the old one. `ConnectionSlot::drop`
         // sees `leaving` and does not release the share a second time.
         open.leaving = true;
         open.activity.evict();
@@ -139,15 +138,15 @@ impl AdmissionState {
     }
 }
 
-/// The place of one connection. Dropping it frees the place.
-pub(super) struct ConnectionPlace {
-    admission: Arc<ConnectionAdmission>,
+/// The slot of one connection. Dropping it frees the slot.
+pub(super) struct ConnectionSlot {
+    slots: Arc<ConnectionSlots>,
     number: u64,
 }
 
-impl Drop for ConnectionPlace {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        let mut state = self.admission.state();
+        let mut state = self.slots.state();
         let Some(open) = state.open.remove(&self.number) else { return };
         if open.leaving {
             state.leaving -= 1;
@@ -161,14 +160,14 @@ impl Drop for ConnectionPlace {
 mod tests {
     use super::*;
 
-    /// Opens a connection. Returns its activity, and its place if it got one.
+    /// Opens a connection. Returns its activity, and its slot if it got one.
     fn connect(
-        admission: &Arc<ConnectionAdmission>,
+        slots: &Arc<ConnectionSlots>,
         address: &str,
-    ) -> (Arc<ConnectionActivity>, Option<ConnectionPlace>) {
+    ) -> (Arc<ConnectionActivity>, Option<ConnectionSlot>) {
         let activity = ConnectionActivity::new();
-        let place = admission.admit(address.parse().unwrap(), &activity);
-        (activity, place)
+        let slot = slots.admit(address.parse().unwrap(), &activity);
+        (activity, slot)
     }
 
     async fn is_evicted(activity: &ConnectionActivity) -> bool {
@@ -177,52 +176,52 @@ mod tests {
 
     #[tokio::test]
     async fn the_longest_idle_connection_is_closed_first() {
-        let admission = ConnectionAdmission::new(2, 2);
-        let (busy, _busy_place) = connect(&admission, "127.0.0.1:1");
+        let slots = ConnectionSlots::new(2, 2);
+        let (busy, _busy_slot) = connect(&slots, "127.0.0.1:1");
         let _request = busy.begin(None);
-        let (idle, idle_place) = connect(&admission, "127.0.0.1:2");
-        assert!(idle_place.is_some());
-        let (next, next_place) = connect(&admission, "127.0.0.1:3");
-        assert!(next_place.is_some() && is_evicted(&idle).await && !is_evicted(&busy).await);
+        let (idle, idle_slot) = connect(&slots, "127.0.0.1:2");
+        assert!(idle_slot.is_some());
+        let (next, next_slot) = connect(&slots, "127.0.0.1:3");
+        assert!(next_slot.is_some() && is_evicted(&idle).await && !is_evicted(&busy).await);
 
-        // The place was handed over, so the end of the evicted connection frees no place.
+        // The slot was handed over, so the end of the evicted connection frees no slot.
         let _next_request = next.begin(None);
-        drop(idle_place);
-        assert!(connect(&admission, "127.0.0.1:4").1.is_none(), "both places are in use");
-        drop(next_place);
-        assert!(connect(&admission, "127.0.0.1:5").1.is_some());
+        drop(idle_slot);
+        assert!(connect(&slots, "127.0.0.1:4").1.is_none(), "both slots are in use");
+        drop(next_slot);
+        assert!(connect(&slots, "127.0.0.1:5").1.is_some());
     }
 
     #[tokio::test]
     async fn a_peer_beyond_its_share_closes_its_own_connections() {
-        let admission = ConnectionAdmission::new(10, 1);
-        let (first, _first_place) = connect(&admission, "10.0.0.1:1");
-        let (second, _second_place) = connect(&admission, "10.0.0.1:2");
+        let slots = ConnectionSlots::new(10, 1);
+        let (first, _first_slot) = connect(&slots, "10.0.0.1:1");
+        let (second, _second_slot) = connect(&slots, "10.0.0.1:2");
         assert!(is_evicted(&first).await);
         let _request = second.begin(None);
-        assert!(connect(&admission, "10.0.0.1:3").1.is_none());
-        assert!(connect(&admission, "[::ffff:10.0.0.1]:3").1.is_none(), "the same peer in other words");
-        assert!(connect(&admission, "10.0.0.2:3").1.is_some());
+        assert!(connect(&slots, "10.0.0.1:3").1.is_none());
+        assert!(connect(&slots, "[::ffff:10.0.0.1]:3").1.is_none(), "the same peer in other words");
+        assert!(connect(&slots, "10.0.0.2:3").1.is_some());
     }
 
     #[tokio::test]
     async fn an_ipv6_network_is_one_peer_and_the_host_itself_is_unlimited() {
-        let admission = ConnectionAdmission::new(10, 1);
-        let (first, _first_place) = connect(&admission, "[2001:db8::1]:1");
+        let slots = ConnectionSlots::new(10, 1);
+        let (first, _first_slot) = connect(&slots, "[2001:db8::1]:1");
         let _request = first.begin(None);
-        assert!(connect(&admission, "[2001:db8::2]:1").1.is_none());
-        assert!(connect(&admission, "[2001:db8:0:1::1]:1").1.is_some());
-        let here: Vec<_> = (0..5).map(|_| connect(&admission, "127.0.0.1:1")).collect();
+        assert!(connect(&slots, "[2001:db8::2]:1").1.is_none());
+        assert!(connect(&slots, "[2001:db8:0:1::1]:1").1.is_some());
+        let here: Vec<_> = (0..5).map(|_| connect(&slots, "127.0.0.1:1")).collect();
         let _requests: Vec<_> = here.iter().map(|(activity, _)| activity.begin(None)).collect();
-        assert!(here.iter().all(|(_, place)| place.is_some()));
+        assert!(here.iter().all(|(_, slot)| slot.is_some()));
     }
 
     #[tokio::test]
     async fn closing_connections_are_limited() {
-        let admission = ConnectionAdmission::new(MOST_LEAVING + 8, 1);
-        let crowd: Vec<_> = (0..MOST_LEAVING + 8).map(|_| connect(&admission, "127.0.0.1:1")).collect();
-        assert!(crowd.iter().all(|(_, place)| place.is_some()));
-        let flood: Vec<_> = (0..100).map(|_| connect(&admission, "127.0.0.1:2")).collect();
-        assert_eq!(flood.iter().filter(|(_, place)| place.is_some()).count(), MOST_LEAVING);
+        let slots = ConnectionSlots::new(MOST_LEAVING + 8, 1);
+        let crowd: Vec<_> = (0..MOST_LEAVING + 8).map(|_| connect(&slots, "127.0.0.1:1")).collect();
+        assert!(crowd.iter().all(|(_, slot)| slot.is_some()));
+        let flood: Vec<_> = (0..100).map(|_| connect(&slots, "127.0.0.1:2")).collect();
+        assert_eq!(flood.iter().filter(|(_, slot)| slot.is_some()).count(), MOST_LEAVING);
     }
 }
