@@ -79,8 +79,8 @@ impl FileChecks {
         terms: FileCheckTerms,
     ) -> impl Future<Output = Result<FileFindings, FilesTimedOut>> + use<> {
         let permits = Arc::clone(self.permits(terms.purpose));
-        let looking = move |file_check: &FileCheck| check_files_blocking(file_check, &files, terms);
-        async move { permits.run_within(FILE_CHECK_TIMEOUT, looking).await }
+        let check = move |file_check: &FileCheck| check_files_blocking(file_check, &files, terms);
+        async move { permits.run_within(FILE_CHECK_TIMEOUT, check).await }
     }
 }
 
@@ -99,8 +99,8 @@ pub(crate) struct FileCheckTerms {
 }
 
 impl FileCheckTerms {
-    /// Returns the terms of a look for a VM of the backend with `capabilities`, if that is known.
-    /// The VM has made no file.
+    /// Returns the terms of a file check for a VM of the backend with `capabilities`, if that is
+    /// known. The VM has made no file.
     pub(crate) fn of(purpose: FileCheckPurpose, capabilities: Option<&Capabilities>) -> Self {
         Self {
             purpose,
@@ -111,14 +111,14 @@ impl FileCheckTerms {
     }
 }
 
-/// The findings of a look.
+/// The findings of a file check.
 #[derive(Debug)]
 pub(crate) struct FileFindings {
     /// The violations.
     pub(crate) report: CheckReport,
     /// The disks and backing files that the VM would hold while it runs.
     pub(crate) claims: Vec<HostClaim>,
-    /// The limit of the host that kept a file from being looked at. The violations do not cover
+    /// The limit of the host that prevented the check of a file. The violations do not cover
     /// that file then.
     pub(crate) limit: Option<HostLimit>,
 }
@@ -154,8 +154,8 @@ impl FileFindings {
     }
 }
 
-/// The error of a look whose files did not answer within [`FILE_CHECK_TIMEOUT`], or that found too
-/// many earlier looks still waiting.
+/// The error of a file check whose files did not answer within [`FILE_CHECK_TIMEOUT`], or that
+/// found too many earlier file checks still waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the host's files do not answer: check the devices and servers that hold the kernel and the disks, and try again"
@@ -169,9 +169,9 @@ pub(crate) fn claims_by_path(spec: &VmSpec) -> Vec<HostClaim> {
     spec.disks.iter().map(claim).collect()
 }
 
-/// Waits for `check_files`, and drops `slot` if the look is slow. A slot limits the VMs that need
-/// processor time together, and a VM that waits for its files needs none. The permits of looks
-/// limit those VMs.
+/// Waits for `check_files`, and drops `slot` if the file check is slow. A slot limits the VMs that
+/// need processor time together, and a VM that waits for its files needs none. The permits of file
+/// checks limit those VMs.
 pub(crate) async fn without_slot_if_slow<S, T>(slot: S, check: impl Future<Output = T>) -> (T, Option<S>) {
     let mut check = std::pin::pin!(check);
     match tokio::time::timeout(PERMITS.quick_limit, &mut check).await {
@@ -282,8 +282,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn hanging_file_checks_of_one_service_do_not_delay_another() {
         let (hangs, other) = (FileChecks::default(), FileChecks::default());
-        // The threads are those of another runtime, whose looks this runtime cannot wait for: its
-        // paused clock passes every deadline while it waits for a permit that another runtime holds.
+        // The threads are those of another runtime, whose file checks this runtime cannot wait for:
+        // its paused clock passes every deadline while it waits for a permit that another runtime
+        // holds.
         let elsewhere = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let elsewhere = elsewhere.unwrap();
         let (entered, inside) = channel();
@@ -305,10 +306,10 @@ mod tests {
         let terms = FileCheckTerms::of(FileCheckPurpose::Create, None);
         let console = Console::Off;
         let files = NamedFiles { kernel: None, initrd: None, disks: Vec::new(), console, names_root: false };
-        let looked = other.check(files, terms).await;
+        let checked = other.check(files, terms).await;
         drop(gates);
         elsewhere.shutdown_background();
-        assert!(looked.is_ok(), "the other service has permits of its own");
+        assert!(checked.is_ok(), "the other service has permits of its own");
     }
 
     #[tokio::test(start_paused = true)]

@@ -27,7 +27,7 @@ pub(crate) struct Shared {
     pub(crate) index: Arc<Index>,
     pub(crate) claims: Claims,
     pub(crate) names: NameLocks,
-    /// The looks at the files that clients name.
+    /// The file checks of the files that clients name.
     pub(crate) file_checks: FileChecks,
     pub(crate) spares: SpareManager,
     /// The lock of the places, held from the choice of a place to the record that holds it.
