@@ -1,50 +1,25 @@
 //! Checks that the host can run guests on its own CPUs.
 
-use std::fmt;
-use std::fs::OpenOptions;
-use std::io;
 use std::path::Path;
 
-/// The reason why `/dev/kvm` cannot be used.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NoKvm {
-    /// The fault that was found.
-    pub finding: String,
-    /// The remedy.
-    pub remedy: &'static str,
-}
-
-impl fmt::Display for NoKvm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}; {}", self.finding, self.remedy)
-    }
-}
-
-impl std::error::Error for NoKvm {}
+use crate::device::{self, DeviceFault, DeviceKind};
 
 /// Opens `/dev/kvm` for reading and writing, and closes it again.
 ///
 /// # Errors
 ///
 /// Returns the fault and its remedy.
-pub fn kvm_usable() -> Result<(), NoKvm> {
+pub fn kvm_usable() -> Result<(), DeviceFault> {
     usable(Path::new("/dev/kvm"))
 }
 
-fn usable(device: &Path) -> Result<(), NoKvm> {
-    let Err(error) = OpenOptions::new().read(true).write(true).open(device) else { return Ok(()) };
-    let device = device.display();
-    let (finding, remedy) = match error.kind() {
-        io::ErrorKind::NotFound => (
-            format!("{device} does not exist"),
-            "load kvm_intel or kvm_amd, or enable virtualisation in the firmware",
-        ),
-        io::ErrorKind::PermissionDenied => {
-            (format!("{device} may not be opened by the daemon's user"), "add that user to the group kvm")
-        }
-        _ => (format!("{device} cannot be opened: {error}"), "see the kernel log for messages of KVM"),
+fn usable(device: &Path) -> Result<(), DeviceFault> {
+    let kind = DeviceKind {
+        driver: "load kvm_intel or kvm_amd, or enable virtualisation in the firmware",
+        group: Some("kvm"),
+        otherwise: "see the kernel log for messages of KVM",
     };
-    Err(NoKvm { finding, remedy })
+    device::usable(device, kind)
 }
 
 /// Returns true if the CPUs have hardware virtualisation (`vmx` or `svm`).

@@ -13,6 +13,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use crate::accounts;
+
 /// The remedy for a runtime folder that vanishes.
 pub const REMEDY: &str = "let the runtime folder outlive the daemon: RuntimeDirectoryPreserve=yes and PrivateTmp=no in the \
                           daemon's systemd unit, no cleaner of temporary files in it, `loginctl enable-linger` for a folder of \
@@ -39,7 +41,8 @@ pub struct Danger {
 /// a folder that systemd removes when the daemon stops is not seen beforehand. Blocks.
 pub fn danger(dir: &Path, pid: u32) -> Option<Danger> {
     let mounts = fs::read(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
-    let lingers = |user: u32| name_of(user).is_some_and(|name| Path::new(LINGER).join(name).exists());
+    let lingers =
+        |user: u32| accounts::user_name(user).is_some_and(|name| Path::new(LINGER).join(name).exists());
     danger_in(dir, &mounts, Path::new(SYSTEMD).is_dir(), lingers)
 }
 
@@ -86,15 +89,6 @@ fn is_private(dir: &Path, mounts: &[u8]) -> bool {
 fn session_of(dir: &Path) -> Option<u32> {
     let mut parts = dir.strip_prefix("/run/user").ok()?.components();
     parts.next()?.as_os_str().to_str()?.parse().ok()
-}
-
-fn name_of(user: u32) -> Option<String> {
-    let known = fs::read_to_string("/etc/passwd").ok()?;
-    known.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let name = fields.next()?;
-        (fields.nth(1)?.parse() == Ok(user)).then(|| name.to_owned())
-    })
 }
 
 /// Returns the text that names the missing folder or socket and the kernel's error, if `socket` is

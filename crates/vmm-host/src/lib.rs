@@ -2,7 +2,7 @@
 //!
 //! - A VM on the host: its [`process`] with the proof of identity, its [`run_dir`], its [`socket`],
 //!   its [`net`] interfaces, and the [`files`] that a client names.
-//! - The host itself: [`kvm`], [`memory`], [`mounts`], the [`clock`], file [`descriptors`], and
+//! - The host itself: [`kvm`] and other [`device`] files, [`memory`], [`mounts`], the [`clock`], file [`descriptors`], and
 //!   programs on the [`path`].
 //! - The daemon's own order: the [`lock`] of a state directory, the [`survey`] of the program's
 //!   traces, a runtime folder that is [`lasting`] or not, and the [`fault`] points of tests.
@@ -13,10 +13,12 @@
 //! kernel takes. Callers run functions that are not `async` in `spawn_blocking` wherever a client
 //! chose the path.
 
+mod accounts;
 mod async_fd;
 mod block;
 pub mod clock;
 pub mod descriptors;
+pub mod device;
 pub mod endpoint;
 pub mod fault;
 pub mod file_watch;

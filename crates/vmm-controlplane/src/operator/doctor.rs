@@ -1,6 +1,8 @@
 //! The subcommand `doctor`, which checks this host for the abilities that VMs need and gives a
 //! remedy for each fault.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 use vmm_core::id::BackendName;
 use vmm_host::lock;
@@ -257,7 +259,20 @@ fn table(diagnosis: &Diagnosis<'_>) -> String {
             text.push_str(&format!("      {:width$}  remedy: {remedy}\n", ""));
         }
     }
-    let can = if diagnosis.can_serve { "can serve" } else { "CANNOT serve" };
-    text.push_str(&format!("\nThe default backend, {}, {can} on this host.\n", diagnosis.default_backend));
+    let default = diagnosis.default_backend;
+    if diagnosis.can_serve {
+        text.push_str(&format!("\nThe default backend, {default}, can serve on this host.\n"));
+        return text;
+    }
+    let failed: BTreeSet<&str> = diagnosis
+        .checks
+        .iter()
+        .filter(|check| check.verdict == CheckVerdict::Fail)
+        .map(|check| check.name.as_str())
+        .collect();
+    let failed = failed.into_iter().collect::<Vec<_>>().join(", ");
+    text.push_str(&format!(
+        "\nThe default backend, {default}, CANNOT serve on this host, because of: {failed}.\n"
+    ));
     text
 }

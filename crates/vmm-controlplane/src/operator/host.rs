@@ -9,14 +9,13 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, OFlags, accessat, statvfs};
 use rustix::process::geteuid;
 use vmm_core::backend::KernelFormat;
+use vmm_host::device::DeviceFault;
 use vmm_host::kernel::{self, KernelKind};
-use vmm_host::kvm::{self, NoKvm};
-use vmm_host::{descriptors, run_dir};
+use vmm_host::net::tap;
+use vmm_host::{descriptors, kvm, run_dir};
 
 use super::check::DoctorCheck;
 
-/// The bit of CAP_NET_ADMIN in a set of capabilities.
-const CAP_NET_ADMIN: u32 = 12;
 /// The free bytes below which the store may soon be full.
 const LITTLE_ROOM: u64 = 256 << 20;
 /// The number of further VMs below which the limit on descriptors causes a warning.
@@ -32,7 +31,7 @@ const NO_ROOM: u64 = 16 << 20;
 pub(super) fn kvm(needed: bool) -> Vec<DoctorCheck> {
     let device = match kvm::kvm_usable() {
         Ok(()) => DoctorCheck::ok("/dev/kvm", "can be opened"),
-        Err(NoKvm { finding, remedy }) => {
+        Err(DeviceFault { finding, remedy }) => {
             let check = if needed { DoctorCheck::fail } else { DoctorCheck::warn };
             check("/dev/kvm", finding, remedy)
         }
@@ -52,32 +51,35 @@ pub(super) fn kvm(needed: bool) -> Vec<DoctorCheck> {
 
 /// Checks that TAPs can be made.
 pub(super) fn network() -> Vec<DoctorCheck> {
-    let tun = match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
-        Ok(_) => DoctorCheck::ok("/dev/net/tun", "can be opened"),
-        Err(error) => DoctorCheck::warn(
-            "/dev/net/tun",
-            format!("cannot be opened ({error}): VMs with a network cannot boot"),
-            "load the driver (`modprobe tun`), and let the daemon's user read and write the device",
-        ),
-    };
-    let capability = if has_capability(CAP_NET_ADMIN) {
-        DoctorCheck::ok("CAP_NET_ADMIN", "is present: the daemon can make TAPs")
-    } else {
-        DoctorCheck::warn(
-            "CAP_NET_ADMIN",
-            "is missing: VMs can use only TAPs that exist and belong to the daemon's user",
-            "give it to the daemon (systemd: AmbientCapabilities=CAP_NET_ADMIN), or make TAPs beforehand and name them in \
-             tap_device (`ip tuntap add dev NAME mode tap user USER`)",
-        )
-    };
-    vec![tun, capability]
+    network_lines(tap::tun_usable(), tap::has_net_admin())
 }
 
-fn has_capability(number: u32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .is_some_and(|mask| mask >> number & 1 == 1)
+fn network_lines(device: Result<(), DeviceFault>, may_make: bool) -> Vec<DoctorCheck> {
+    const ADMIN: &str = "CAP_NET_ADMIN";
+    let give = "give it to the daemon (systemd: AmbientCapabilities=CAP_NET_ADMIN)";
+    let capability = match (may_make, &device) {
+        (true, _) => DoctorCheck::ok(ADMIN, "is present: the daemon can make TAPs"),
+        (false, Ok(())) => DoctorCheck::warn(
+            ADMIN,
+            "is missing: VMs can use only TAPs that exist and belong to the daemon's user",
+            format!(
+                "{give}, or make TAPs beforehand and name them in tap_device (`ip tuntap add dev NAME mode tap user USER`)"
+            ),
+        ),
+        // A TAP made beforehand is no remedy, because a VMM opens it through the device.
+        (false, Err(_)) => DoctorCheck::warn(
+            ADMIN,
+            "is missing: the daemon can make no TAPs",
+            format!("{give}; without it VMs can use TAPs made beforehand, once /dev/net/tun can be opened"),
+        ),
+    };
+    let device = match device {
+        Ok(()) => DoctorCheck::ok("/dev/net/tun", "can be opened"),
+        Err(DeviceFault { finding, remedy }) => {
+            DoctorCheck::warn("/dev/net/tun", format!("{finding}: VMs with a network cannot boot"), remedy)
+        }
+    };
+    vec![device, capability]
 }
 
 /// Reports the version of control groups. Nothing in this version fails without them.
@@ -307,6 +309,22 @@ mod tests {
         let check = open_files(None);
         assert!(check.finding.contains("VMs fit"), "{check:?}");
         assert_eq!(open_files(Some(u32::MAX)).verdict, CheckVerdict::Warn, "there is no such process");
+    }
+
+    #[test]
+    fn no_tap_beforehand_is_advised_where_no_tap_can_be_opened() {
+        let fault =
+            || DeviceFault { finding: "/dev/net/tun is shut".to_owned(), remedy: "open it".to_owned() };
+        let lines = network_lines(Err(fault()), false);
+        assert!(lines.iter().all(|line| line.verdict == CheckVerdict::Warn), "{lines:?}");
+        assert_eq!(lines[0].remedy.as_deref(), Some("open it"));
+        assert!(!lines[1].remedy.as_deref().unwrap().contains("ip tuntap add"), "{lines:?}");
+        let lines = network_lines(Ok(()), false);
+        assert!(lines[1].remedy.as_deref().unwrap().contains("ip tuntap add"), "{lines:?}");
+        let verdicts =
+            |lines: Vec<DoctorCheck>| lines.into_iter().map(|line| line.verdict).collect::<Vec<_>>();
+        assert_eq!(verdicts(network_lines(Ok(()), true)), [CheckVerdict::Ok; 2]);
+        assert_eq!(verdicts(network_lines(Err(fault()), true)), [CheckVerdict::Warn, CheckVerdict::Ok]);
     }
 
     #[test]

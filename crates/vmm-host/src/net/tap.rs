@@ -15,15 +15,18 @@
 
 use std::fmt;
 use std::io;
+use std::path::Path;
 use std::str::FromStr;
 
 use async_trait::async_trait;
+use rustix::thread::CapabilitySet;
 use tappers::Interface;
 use tappers::linux::Tap;
 use vmm_core::id::{InstanceId, VmUid};
 
 use super::netlink::{Netlink, NetworkLink};
 use super::{is_multi_queue, is_tap};
+use crate::device::{self, DeviceFault, DeviceKind};
 use crate::process::close_for_good;
 
 /// The beginning of the label of every TAP of this program.
@@ -117,14 +120,17 @@ pub enum TapError {
     NotOurs(String),
     /// This process lacks the right to make a TAP.
     #[error(
-        "TAP {0} does not exist, and this daemon may not make one: make a TAP beforehand and name it in tap_device (`ip tuntap add dev NAME mode tap user USER`), or give the daemon CAP_NET_ADMIN and access to /dev/net/tun"
+        "TAP {0} does not exist, and this daemon may not make one: make a TAP beforehand and name it in tap_device (`ip tuntap add dev NAME mode tap user USER`), or give the daemon CAP_NET_ADMIN (systemd: AmbientCapabilities=CAP_NET_ADMIN)"
     )]
     Denied(String),
-    /// The host has no driver for TAPs.
-    #[error(
-        "TAP {0} does not exist and cannot be made without /dev/net/tun: load the driver (`modprobe tun`)"
-    )]
-    NoDriver(String),
+    /// `/dev/net/tun` cannot be opened.
+    #[error("TAP {name} does not exist and cannot be made, because {fault}")]
+    NoDevice {
+        /// The interface.
+        name: String,
+        /// The fault of the device, with its remedy.
+        fault: DeviceFault,
+    },
     /// The kernel refused for another reason.
     #[error("TAP {name} could not be {done}: {source}")]
     Host {
@@ -143,6 +149,30 @@ pub enum TapError {
 pub trait Taps: fmt::Debug + Send + Sync {
     /// Returns true if there is an interface with this name.
     fn exists(&self, name: &str) -> bool;
+
+    /// Returns the error that [`provide`](Self::provide) is going to meet for a TAP with this name
+    /// that does not exist. Makes nothing. Opens `/dev/net/tun`, which takes microseconds.
+    ///
+    /// # Errors
+    ///
+    /// `/dev/net/tun` cannot be opened, or this process may not make TAPs.
+    fn may_make(&self, name: &str) -> Result<(), TapError>;
+
+    /// Returns the error that [`provide`](Self::provide) is going to meet for an interface with this
+    /// name that exists, as far as the interface alone decides.
+    ///
+    /// # Errors
+    ///
+    /// The interface is no TAP, or a TAP that no VMM can open.
+    fn may_use(&self, name: &str) -> Result<(), TapError>;
+
+    /// Returns the reason for which a VMM of this user can open no TAP at all, not even one that
+    /// exists.
+    ///
+    /// # Errors
+    ///
+    /// `/dev/net/tun` cannot be opened.
+    fn may_open(&self) -> Result<(), DeviceFault>;
 
     /// Provides a TAP with this name for `owner`, and makes it where there is none. A TAP that
     /// exists is brought up, because only some hypervisors do so themselves.
@@ -165,9 +195,25 @@ impl Taps for HostTaps {
         super::interface_exists(name)
     }
 
+    fn may_make(&self, name: &str) -> Result<(), TapError> {
+        tun_usable().map_err(|fault| TapError::NoDevice { name: name.to_owned(), fault })?;
+        if has_net_admin() { Ok(()) } else { Err(TapError::Denied(name.to_owned())) }
+    }
+
+    fn may_use(&self, name: &str) -> Result<(), TapError> {
+        if !is_tap(name) {
+            return Err(TapError::NotATap(name.to_owned()));
+        }
+        if is_multi_queue(name) { Err(TapError::ManyQueues(name.to_owned())) } else { Ok(()) }
+    }
+
+    fn may_open(&self) -> Result<(), DeviceFault> {
+        tun_usable()
+    }
+
     async fn provide(&self, name: &str, by: TapNameOrigin, owner: TapOwner) -> Result<TapOrigin, TapError> {
         // The kernel takes '%' for a pattern and would make an interface with another name.
-        if name.contains('%') || super::folder(std::path::Path::new(super::CLASS_NET), name).is_err() {
+        if name.contains('%') || super::folder(Path::new(super::CLASS_NET), name).is_err() {
             return Err(TapError::BadName(name.to_owned()));
         }
         let netlink = Netlink::open().map_err(refused(name, "looked for"))?;
@@ -227,12 +273,7 @@ async fn use_existing(
 ) -> Result<TapOrigin, TapError> {
     // The kind of the interface is checked before its owner, because an interface of another kind
     // cannot serve under any owner.
-    if !is_tap(name) {
-        return Err(TapError::NotATap(name.to_owned()));
-    }
-    if is_multi_queue(name) {
-        return Err(TapError::ManyQueues(name.to_owned()));
-    }
+    HostTaps.may_use(name)?;
     match owner_of(link) {
         Some(found) if found == owner => {}
         _ if by == TapNameOrigin::Program => return Err(TapError::NotOurs(name.to_owned())),
@@ -278,11 +319,36 @@ async fn make(netlink: &Netlink, name: &str, owner: TapOwner) -> Result<(), TapE
 }
 
 fn not_made(name: &str) -> impl FnOnce(io::Error) -> TapError {
-    move |error| match error.raw_os_error() {
-        Some(nix::libc::EPERM | nix::libc::EACCES) => TapError::Denied(name.to_owned()),
-        Some(nix::libc::ENOENT | nix::libc::ENXIO | nix::libc::ENODEV) => TapError::NoDriver(name.to_owned()),
-        _ => refused(name, "made")(error),
+    move |error| explain(name, error, tun_usable())
+}
+
+/// Explains why a TAP could not be made. `device` is the state of `/dev/net/tun`, because the error
+/// alone does not tell a device that cannot be opened from a TAP that may not be made.
+fn explain(name: &str, error: io::Error, device: Result<(), DeviceFault>) -> TapError {
+    match (device, error.raw_os_error()) {
+        (Err(fault), _) => TapError::NoDevice { name: name.to_owned(), fault },
+        (Ok(()), Some(nix::libc::EPERM | nix::libc::EACCES)) => TapError::Denied(name.to_owned()),
+        (Ok(()), _) => refused(name, "made")(error),
     }
+}
+
+/// Opens `/dev/net/tun`, through which TAPs are made and used, and closes it again.
+///
+/// # Errors
+///
+/// Returns the fault and its remedy.
+pub fn tun_usable() -> Result<(), DeviceFault> {
+    let kind = DeviceKind {
+        driver: "load the driver (`modprobe tun`)",
+        group: None,
+        otherwise: "see the kernel log for messages of tun",
+    };
+    device::usable(Path::new("/dev/net/tun"), kind)
+}
+
+/// Returns true if this thread has CAP_NET_ADMIN, which making a TAP takes.
+pub fn has_net_admin() -> bool {
+    rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::NET_ADMIN))
 }
 
 fn refused(name: &str, done: &'static str) -> impl FnOnce(io::Error) -> TapError {

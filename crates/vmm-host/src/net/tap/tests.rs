@@ -142,8 +142,12 @@ async fn a_tap_is_removed_with_the_last_vm_that_used_it() {
 async fn a_tap_that_no_vmm_can_open_is_refused() {
     let Some(name) = Name::new() else { return };
     let refusal = async |name: &str| {
-        let error = HostTaps.provide(name, TapNameOrigin::Client, owner()).await.unwrap_err();
-        error.to_string()
+        let error = HostTaps.provide(name, TapNameOrigin::Client, owner()).await.unwrap_err().to_string();
+        // What CreateVm warns of is what BootVm would meet.
+        if HostTaps.exists(name) {
+            assert_eq!(HostTaps.may_use(name).unwrap_err().to_string(), error);
+        }
+        error
     };
     assert!(refusal("lo").await.contains("lo exists and is not a TAP"));
     assert!(ip(&["tuntap", "add", &name.0, "mode", "tun"]));
@@ -159,12 +163,18 @@ async fn a_tap_that_no_vmm_can_open_is_refused() {
 
 #[test]
 fn a_tap_error_says_what_to_do() {
-    let denied = |code| not_made("tap0")(io::Error::from_raw_os_error(code)).to_string();
+    let error = |code| io::Error::from_raw_os_error(code);
     for code in [nix::libc::EPERM, nix::libc::EACCES] {
-        assert!(denied(code).contains("CAP_NET_ADMIN") && denied(code).contains("beforehand"));
+        let denied = explain("tap0", error(code), Ok(())).to_string();
+        assert!(denied.contains("CAP_NET_ADMIN") && denied.contains("beforehand"), "{denied}");
     }
-    assert!(denied(nix::libc::ENOENT).contains("modprobe tun"));
-    assert!(denied(nix::libc::EINVAL).contains("could not be made"));
+    // The device decides where it cannot be opened, whatever the error is.
+    let fault = DeviceFault { finding: "/dev/net/tun is shut".to_owned(), remedy: "open it".to_owned() };
+    for code in [nix::libc::ENOENT, nix::libc::EACCES] {
+        let text = explain("tap0", error(code), Err(fault.clone())).to_string();
+        assert!(text.ends_with("because /dev/net/tun is shut; open it"), "{text}");
+    }
+    assert!(explain("tap0", error(nix::libc::EINVAL), Ok(())).to_string().contains("could not be made"));
 }
 
 /// Runs `work` on a thread that may not change the network. Threads that it starts may not either.
@@ -191,6 +201,11 @@ fn existing_taps_work_without_cap_net_admin() {
     let error = without_net_admin(provide.clone()).unwrap_err();
     assert!(matches!(error, TapError::Denied(_)), "{error}");
     assert!(!name.exists());
+    // What CreateVm warns of is what BootVm would meet.
+    let wanted = name.0.clone();
+    let told = without_net_admin(move || HostTaps.may_make(&wanted)).unwrap_err();
+    assert_eq!(told.to_string(), error.to_string());
+    assert!(HostTaps.may_make(&name.0).is_ok());
     assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
     assert_eq!(without_net_admin(provide.clone()).unwrap(), TapOrigin::FoundDown);
     assert!(ip(&["link", "set", &name.0, "up"]));
