@@ -14,8 +14,9 @@ use std::sync::{Arc, LazyLock};
 use vmm_core::backend::Backend;
 use vmm_core::config::{BootConfig, VmConfig};
 use vmm_core::id::VmUid;
+use vmm_core::kind::VmKind;
 use vmm_core::report::CheckReport;
-use vmm_core::spec::{MacAddr, Nic, VmSpec, too_many};
+use vmm_core::spec::{MacAddr, VmSpec, too_many};
 use vmm_core::store::VmRequest;
 
 use crate::check::{FileCheckPurpose, FileCheckTerms};
@@ -122,27 +123,46 @@ pub(crate) fn check_spec(
             report.advise("backend", format!("{name} cannot serve now, and BootVm will fail: {reason}"));
         }
     }
-    advise_on_network(shared, &mut report, spec, uid);
+    advise_on_network(shared, &mut report, backend, spec, uid);
     report
 }
 
-/// Warns about network interfaces that may not work as the client expects: their TAP does not exist
-/// and so is in no bridge, or another VM has their address.
-fn advise_on_network(shared: &Shared, report: &mut CheckReport, spec: &VmSpec, uid: VmUid) {
-    for (index, nic) in spec.nics.iter().enumerate() {
-        let Nic { id: _, mac, tap, limits: _ } = nic;
-        if let Some(tap) = tap.as_deref().filter(|tap| !uid.made_tap_name(tap) && !shared.taps.exists(tap)) {
+/// Warns about network interfaces that may not work as the client expects: BootVm could not make or
+/// use their TAP, the TAP does not exist and so is in no bridge, or another VM has their address.
+fn advise_on_network(
+    shared: &Shared,
+    report: &mut CheckReport,
+    backend: Option<&dyn Backend>,
+    spec: &VmSpec,
+    uid: VmUid,
+) {
+    // The VMM of a managed VM opens its TAPs as the daemon's user. libvirt and a VMM of another
+    // program open them themselves.
+    let is_managed = backend.is_some_and(|backend| backend.kind_of_new(uid) == VmKind::Managed);
+    let device = || if is_managed { shared.taps.may_open() } else { Ok(()) };
+    for (index, (nic, tap)) in spec.nics.iter().zip(spec.tap_names(uid)).enumerate() {
+        let field = format!("config.network[{index}].tap_device");
+        if shared.taps.exists(&tap) {
+            if let Err(error) = shared.taps.may_use(&tap) {
+                report.advise(field, format!("BootVm will fail: {error}"));
+            } else if let Err(fault) = device() {
+                report.advise(field, format!("BootVm will fail: TAP {tap} cannot be used, because {fault}"));
+            }
+        } else if let Err(error) = shared.taps.may_make(&tap) {
+            report.advise(field, format!("BootVm will fail: {error}"));
+        } else if !uid.made_tap_name(&tap) {
             report.advise(
-                format!("config.network[{index}].tap_device"),
+                field,
                 format!("{tap} does not exist: BootVm makes it, without a bridge and without an address"),
             );
         }
-        if let Some(other) = shared.index.other_with_mac(*mac, uid) {
+        if let Some(other) = shared.index.other_with_mac(nic.mac, uid) {
             report.advise(
                 format!("config.network[{index}].mac_address"),
                 format!(
-                    "{mac} is the address of VM \"{other}\" too: on one network, each would get frames that are \
-                     for the other; leave mac_address empty, and a unique one is chosen"
+                    "{} is the address of VM \"{other}\" too: on one network, each would get frames that are \
+                     for the other; leave mac_address empty, and a unique one is chosen",
+                    nic.mac
                 ),
             );
         }

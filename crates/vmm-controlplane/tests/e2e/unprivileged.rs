@@ -208,3 +208,68 @@ fn an_unwritable_console_file_is_a_violation() {
     let validated = there.world.call("ValidateVm", &json!({"config": config})).ok();
     assert_eq!(validated["ok"], true, "{validated}");
 }
+
+/// Returns the mode and the group of a device, if the user nobody may not open the device.
+fn closed_to_nobody(device: &str) -> Option<(u32, u32)> {
+    use std::os::unix::fs::MetadataExt as _;
+    let facts = fs::metadata(device).ok()?;
+    (facts.mode() & 0o6 != 0o6).then_some((facts.mode() & 0o777, facts.gid()))
+}
+
+#[test]
+fn doctor_names_the_permission_that_a_device_lacks() {
+    const TEST: &str = "doctor_names_the_permission_that_a_device_lacks";
+    let there = match Unprivileged::new() {
+        Ok(there) => there,
+        Err(why) => return skipped(TEST, &why),
+    };
+    let done = crate::operator::run(&there.world, &["doctor", "--json"]);
+    let diagnosis: Value = serde_json::from_str(&done.out).unwrap_or_else(|_| panic!("{}", done.err));
+    let line = |name: &str| {
+        let mut lines = diagnosis["checks"].as_array().unwrap().iter();
+        lines.find(|line| line["name"] == name).unwrap_or_else(|| panic!("{name}: {diagnosis:#}")).clone()
+    };
+    let devices = ["/dev/kvm", "/dev/net/tun"].map(|device| (device, closed_to_nobody(device)));
+    if devices.iter().all(|(_, closed)| closed.is_none()) {
+        return skipped(TEST, "this host has no device that the user nobody may not open");
+    }
+    for (device, closed) in devices {
+        let Some((mode, group)) = closed else { continue };
+        let (line, serves_group) = (line(device), group != 0 && mode & 0o060 == 0o060);
+        let (finding, remedy) = (line["finding"].as_str().unwrap(), line["remedy"].as_str().unwrap());
+        assert!(finding.contains(&format!("with mode {mode:04o}")), "{line:#}");
+        assert_eq!(remedy.starts_with("add that user to the group"), serves_group, "{line:#}");
+        assert_eq!(remedy.contains(&format!("{device}` as root")), !serves_group, "{line:#}");
+        assert!(!remedy.contains("modprobe"), "{line:#}");
+    }
+}
+
+#[test]
+fn a_network_that_the_daemon_cannot_provide_is_a_warning() {
+    const TEST: &str = "a_network_that_the_daemon_cannot_provide_is_a_warning";
+    for backend in hypervisors(TEST) {
+        let mut there = match Unprivileged::new() {
+            Ok(there) => there,
+            Err(why) => return skipped(TEST, &why),
+        };
+        there.world.start();
+        let mut config = there.world.tiny(TinyGuest::Idle);
+        config["network"] = json!([{}]);
+        let asked = json!({"vm_id": "vm", "backend": backend, "config": config});
+        let about_tap = |answer: &Value| {
+            let mut warnings = answer["warnings"].as_array().unwrap().iter();
+            let warning = warnings.find(|warning| warning["field"] == "config.network[0].tap_device");
+            warning.unwrap_or_else(|| panic!("{backend}: {answer:#}"))["message"].as_str().unwrap().to_owned()
+        };
+        let validated = there.world.call("ValidateVm", &json!({"backend": backend, "config": config})).ok();
+        assert!(about_tap(&validated).starts_with("BootVm will fail: TAP "), "{backend}: {validated:#}");
+        let created = there.world.call("CreateVm", &asked).ok();
+        let told = about_tap(&created);
+        let reason = told.strip_prefix("BootVm will fail: ").unwrap_or_else(|| panic!("{backend}: {told}"));
+        // The user nobody may not start every hypervisor, and the TAPs come first.
+        let refused = there.world.call("BootVm", &json!({"vm_id": "vm"})).error("failed_precondition");
+        assert!(refused.contains(reason), "{backend}: {refused}\n{reason}");
+        there.world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+        there.world.assert_nothing_left();
+    }
+}

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use vmm_core::id::InstanceId;
+use vmm_host::device::DeviceFault;
 use vmm_host::net::tap::{OwnedTap, TapError, TapNameOrigin, TapOrigin, TapOwner, Taps};
 
 /// The interfaces of a host in a test. Clones share them.
@@ -17,6 +18,7 @@ pub(crate) struct FakeTaps(Arc<Mutex<Host>>);
 struct Host {
     interfaces: BTreeMap<String, Interface>,
     may_not_make: bool,
+    may_not_open: bool,
     hang_once_made: bool,
     stuck: bool,
 }
@@ -59,6 +61,11 @@ impl FakeTaps {
         self.host().may_not_make = true;
     }
 
+    /// Takes away the right to open TAPs.
+    pub(crate) fn shut(&self) {
+        self.host().may_not_open = true;
+    }
+
     /// Lets nobody hear any more of a TAP that was made.
     pub(crate) fn hang_once_made(&self, hang: bool) {
         self.host().hang_once_made = hang;
@@ -74,6 +81,19 @@ impl FakeTaps {
 impl Taps for FakeTaps {
     fn exists(&self, name: &str) -> bool {
         self.host().interfaces.contains_key(name)
+    }
+
+    fn may_make(&self, name: &str) -> Result<(), TapError> {
+        if self.host().may_not_make { Err(TapError::Denied(name.to_owned())) } else { Ok(()) }
+    }
+
+    fn may_use(&self, name: &str) -> Result<(), TapError> {
+        if self.host().interfaces[name].is_tap { Ok(()) } else { Err(TapError::NotATap(name.to_owned())) }
+    }
+
+    fn may_open(&self) -> Result<(), DeviceFault> {
+        let fault = || DeviceFault { finding: "the device is shut".to_owned(), remedy: "open it".to_owned() };
+        if self.host().may_not_open { Err(fault()) } else { Ok(()) }
     }
 
     async fn provide(&self, name: &str, by: TapNameOrigin, owner: TapOwner) -> Result<TapOrigin, TapError> {

@@ -2,8 +2,9 @@
 
 use vmm_core::backend::{BackendErrorKind, Effect, ExitCause};
 use vmm_core::config::VmConfig;
+use vmm_core::report::Warning;
 use vmm_core::state::{Phase, VmState};
-use vmm_core::store::{Intent, IntentKind, VmRecord};
+use vmm_core::store::{Intent, IntentKind, VmRecord, VmRequest};
 use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 
 use crate::common::*;
@@ -53,6 +54,41 @@ async fn a_missing_tap_named_by_a_client_is_a_warning() {
     );
     bed.taps.put("tap-x", true);
     assert_eq!(vms.try_create("b", with_two_taps(&bed)).await.unwrap().warnings, []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tap_that_bootvm_could_not_provide_is_a_warning_of_createvm_and_of_validatevm() {
+    let bed = Bed::new();
+    let vms = bed.start().await;
+    bed.taps.put("tap-x", true);
+    bed.taps.deny();
+    let told = |warnings: &[Warning]| {
+        warnings.iter().map(|warning| (warning.field.clone(), warning.message.clone())).collect::<Vec<_>>()
+    };
+    // The first interface has a TAP, and the second one needs a new one.
+    let created = told(&vms.try_create("a", with_two_taps(&bed)).await.unwrap().warnings);
+    let [(field, message)] = &created[..] else { panic!("{created:?}") };
+    assert_eq!(field, "config.network[1].tap_device");
+    assert!(message.starts_with("BootVm will fail: ") && message.contains("CAP_NET_ADMIN"), "{message}");
+    let refusal = refused(vms.boot("a").await, "precondition");
+    let reason = message.trim_start_matches("BootVm will fail: ");
+    assert!(refusal.contains(reason), "the same words: {refusal} / {reason}");
+
+    bed.taps.shut();
+    let config = bed.with_tap("tap-x");
+    let requested = VmRequest { backend: String::new(), config: config.clone() };
+    let validated = vms.service.validate(&requested).await.unwrap();
+    let [(field, message)] = &told(&validated.warnings)[..] else { panic!("{:?}", validated.warnings) };
+    assert_eq!(field, "config.network[0].tap_device");
+    assert!(message.starts_with("BootVm will fail: TAP tap-x ") && message.ends_with("open it"), "{message}");
+    assert_eq!(vms.try_create("b", config).await.unwrap().warnings, validated.warnings);
+
+    bed.taps.put("eth7", false);
+    let created = told(&vms.try_create("c", bed.with_tap("eth7")).await.unwrap().warnings);
+    let [(field, message)] = &created[..] else { panic!("{created:?}") };
+    assert_eq!(field, "config.network[0].tap_device");
+    let refusal = refused(vms.boot("c").await, "precondition");
+    assert!(refusal.contains(message.trim_start_matches("BootVm will fail: ")), "{refusal} / {message}");
 }
 
 #[tokio::test(start_paused = true)]
