@@ -70,7 +70,65 @@ pub(crate) fn dangers(
     let signed = Signed { known, others, unmarked: false };
     let changed = instance.and_then(|_| changed(config, known));
     let danger = lasting::danger(&config.runtime_dir, daemon.unwrap_or_else(std::process::id));
-    changed.into_iter().chain(danger).chain(shared(config, &signed)).collect()
+    // A state directory without a database shares nothing: its settings are probably not those of the
+    // daemon.
+    let has_database = vmm_store::has_database(&config.state_dir).unwrap_or(true);
+    let shared = if has_database { shared(config, &signed) } else { elsewhere(config) };
+    changed.into_iter().chain(danger).chain(shared).collect()
+}
+
+/// Returns the finding that the state directory has no database though the runtime directory
+/// belongs to the daemon of another state directory: the settings are probably not those of the
+/// daemon. The caller knows that there is no database. Blocks.
+pub(crate) fn elsewhere(config: &DaemonConfig) -> Option<Danger> {
+    let signatures = survey::signatures(&config.runtime_dir).unwrap_or_default();
+    let paths: BTreeSet<PathBuf> =
+        signatures.into_iter().filter_map(|signature| signature.state_dir).collect();
+    let others: Vec<_> = paths.iter().filter(|path| **path != config.state_dir).collect();
+    let first = others.first()?.display();
+    let all: Vec<String> = others.iter().map(|path| path.display().to_string()).collect();
+    Some(Danger {
+        finding: format!(
+            "there is no database in {}, and the runtime directory {} is that of the state directory {}",
+            config.state_dir.display(),
+            config.runtime_dir.display(),
+            all.join(" and of ")
+        ),
+        remedy: format!(
+            "run this with UNKEY_VMCP_STATE_DIR={first}, or with the daemon's own settings (--config)"
+        ),
+    })
+}
+
+/// Returns the advice for a subcommand that finds no database: the state directory to look at, or
+/// the way to name it. Blocks.
+pub(crate) fn advise_without_database(config: &DaemonConfig) -> String {
+    match elsewhere(config) {
+        Some(Danger { finding, remedy }) => format!("{finding}: {remedy}"),
+        None => format!(
+            "there is no database in {}: where the daemon has another state directory, run this with the daemon's settings (--config, \
+             or UNKEY_VMCP_STATE_DIR and UNKEY_VMCP_RUNTIME_DIR)",
+            config.state_dir.display()
+        ),
+    }
+}
+
+/// Returns the finding that the daemon last used another runtime directory in the present boot of
+/// the host. Blocks.
+pub(crate) fn moved(config: &DaemonConfig) -> Option<Danger> {
+    let last = read(&config.state_dir)?;
+    let is_other = last.runtime_dir != config.runtime_dir && boot_id().ok()? == last.boot_id;
+    is_other.then(|| Danger {
+        finding: format!(
+            "the runtime directory is {} and was {} at the last start of the daemon",
+            config.runtime_dir.display(),
+            last.runtime_dir.display()
+        ),
+        remedy: format!(
+            "run this with UNKEY_VMCP_RUNTIME_DIR={}, or with the daemon's own settings (--config)",
+            last.runtime_dir.display()
+        ),
+    })
 }
 
 /// Returns the finding that the runtime directory is not the one of the last start. `known` is true

@@ -92,6 +92,15 @@ pub fn peek(state_dir: &Path) -> Result<Option<Snapshot>, StoreError> {
     reader::load(&mut conn, &path, instance, &ForeignFields::default()).map(Some)
 }
 
+/// Returns true if `state_dir` has a database. Reads nothing in it.
+///
+/// # Errors
+///
+/// [`StoreErrorKind::Io`] if the directory cannot be looked at.
+pub fn has_database(state_dir: &Path) -> Result<bool, StoreError> {
+    is_there(&state_dir.join(DATABASE_FILE))
+}
+
 /// Copies the database in `state_dir`, as it is at one moment, to the new file `target`. Only the
 /// owner may read the copy. A daemon may use the database meanwhile.
 ///

@@ -52,7 +52,7 @@ use crate::error::{CausedBy, store_error};
 use crate::foreign::ForeignFields;
 use crate::worker::Worker;
 
-pub use crate::backup::{AmendRecord, CopySummary, RestoreSummary, backup, peek, restore};
+pub use crate::backup::{AmendRecord, CopySummary, RestoreSummary, backup, has_database, peek, restore};
 pub use crate::open::DATABASE_FILE;
 pub use crate::reader::MAX_EVENTS;
 

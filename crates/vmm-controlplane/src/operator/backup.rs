@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::bail;
 use vmm_core::id::VmUid;
 use vmm_core::store::{ProcessIdentity, VmRecord};
+use vmm_host::lasting::Danger;
 use vmm_host::lock::{LockError, StateLock};
 use vmm_host::survey;
 use vmm_store::{CopySummary, RestoreSummary};
@@ -15,6 +16,7 @@ use super::decide::{ItemDecision, commands, decide};
 use super::facts::{gather, programs, running_names};
 use super::{CommandOutput, looked_at, refuse_another_user};
 use crate::config::DaemonConfig;
+use crate::runtime_dir;
 
 /// Copies the database to a new file.
 ///
@@ -22,6 +24,9 @@ use crate::config::DaemonConfig;
 ///
 /// The file exists already or cannot be written, or there is no sound database.
 pub(super) fn backup(config: &DaemonConfig, file: &Path) -> anyhow::Result<CommandOutput> {
+    if !vmm_store::has_database(&config.state_dir)? {
+        bail!("{}", runtime_dir::advise_without_database(config));
+    }
     let CopySummary { instance, vms, bytes } = vmm_store::backup(&config.state_dir, file)?;
     Ok(CommandOutput::success(format!(
         "{}{} holds {vms} VMs of {} (instance {instance}), {bytes} bytes; read back and whole",
@@ -60,9 +65,16 @@ pub(super) async fn restore(config: &DaemonConfig, file: &Path) -> anyhow::Resul
         }
         Ok(changed)
     };
+    let elsewhere = match vmm_store::has_database(&config.state_dir)? {
+        true => None,
+        false => runtime_dir::elsewhere(config),
+    };
     let RestoreSummary { copied, replaced } = vmm_store::restore(file, &config.state_dir, &mut amend)?;
 
     let mut text = looked_at(config);
+    if let Some(Danger { finding, remedy }) = elsewhere {
+        text.push_str(&format!("before this restore {finding}; if that one was meant, {remedy}\n"));
+    }
     text.push_str(&format!("{} VMs are on record again, as in {}\n", copied.vms, file.display()));
     if let Some(replaced) = replaced {
         text.push_str(&format!("the database that was there is kept as {}\n", replaced.display()));

@@ -312,11 +312,12 @@ impl DecisionRules<'_> {
         // A mark in the folder names one state directory and is stronger than the list of the whole
         // runtime directory. Without a mark the list decides, and it proves ownership only if this
         // state directory is the only one that ever used the runtime directory.
-        let Some(ours) = self.facts.instance else {
-            return Err("without a database no owner can be proven".to_owned());
-        };
         let mark = folder.and_then(|folder| Some(folder.mark.as_ref()?.instance));
         let owner = mark.or_else(|| folder.and_then(|folder| folder.owner));
+        let Some(ours) = self.facts.instance else {
+            let marked = owner.map(|owner| format!("; it bears the mark of {}", self.named(owner)));
+            return Err(format!("without a database no owner can be proven{}", marked.unwrap_or_default()));
+        };
         match (owner, &self.facts.served) {
             (Some(owner), _) if owner == ours => Ok(()),
             (Some(owner), _) => Err(format!("it bears the mark of {}", self.named(owner))),
@@ -328,9 +329,14 @@ impl DecisionRules<'_> {
                 Err("no list names the state directory that has used this runtime folder".to_owned())
             }
             (None, RuntimeDirUsers::Many) => {
-                Err("it bears no mark, and more than one state directory has used this \
-                 runtime folder, so no owner can be proven"
-                    .to_owned())
+                let known = self.facts.signatures.iter().filter_map(|signature| signature.state_dir.as_ref());
+                let known: BTreeSet<String> = known.map(|path| path.display().to_string()).collect();
+                let known = known.into_iter().collect::<Vec<_>>().join(", ");
+                let known = if known.is_empty() { known } else { format!(" ({known})") };
+                Err(format!(
+                    "it bears no mark, and more than one state directory has used this runtime folder{known}, so no owner can be \
+                     proven"
+                ))
             }
         }
     }

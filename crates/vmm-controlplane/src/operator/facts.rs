@@ -12,12 +12,14 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::store::VmRecord;
+use vmm_host::lasting::Danger;
 use vmm_host::net::tap::{HostTaps, OwnedTap, Taps as _};
 use vmm_host::path::{find_program, real_name};
 use vmm_host::survey::{self, RuntimeDirUsers, Signature, Survey};
 
 use crate::backends::ALL;
 use crate::config::DaemonConfig;
+use crate::runtime_dir;
 
 /// The facts from which decisions follow.
 #[derive(Clone, Debug)]
@@ -56,13 +58,13 @@ pub(super) async fn gather(config: &DaemonConfig, daemon: bool) -> anyhow::Resul
             (Some(snapshot.instance), records)
         }
         None => {
-            notes.push(format!(
-                "there is no database in {}: no owner can be proven",
-                config.state_dir.display()
-            ));
+            notes.push(format!("no owner can be proven: {}", runtime_dir::advise_without_database(config)));
             (None, BTreeMap::new())
         }
     };
+    if let Some(Danger { finding, remedy }) = instance.and_then(|_| runtime_dir::moved(config)) {
+        notes.push(format!("things are looked for in another folder: {finding}; {remedy}"));
+    }
     let taps = match instance {
         Some(instance) => HostTaps.of_instance(instance).await.unwrap_or_else(|error| {
             notes.push(format!("TAPs could not be listed: {error}"));

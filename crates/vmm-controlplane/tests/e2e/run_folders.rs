@@ -186,3 +186,40 @@ fn the_first_line_of_a_subcommand_names_its_directories() {
         }
     }
 }
+
+#[test]
+fn a_subcommand_with_a_wrong_directory_names_the_one_of_the_daemon() {
+    let world = World::started(&[]);
+    let ours = |folder: &str| world.dir.path().join(folder).display().to_string();
+    let (state, runtime) = (ours("state"), ours("run"));
+    let elsewhere = tempfile::tempdir().unwrap();
+    let wrong = |folder: &str| elsewhere.path().join(folder).display().to_string();
+    let run = |variable: &str, args: &[&str]| {
+        let output = world.command().env(variable, wrong("nothing")).args(args).output().unwrap();
+        let [out, err] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+        out + &err
+    };
+    let copy = wrong("copy");
+    for args in [&["reconcile", "--dry-run"][..], &["doctor"], &["backup", &copy]] {
+        let told = run("UNKEY_VMCP_STATE_DIR", args);
+        assert!(told.contains(&format!("there is no database in {}", wrong("nothing"))), "{args:?}: {told}");
+        assert!(told.contains(&format!("UNKEY_VMCP_STATE_DIR={state}")), "{args:?}: {told}");
+    }
+    for args in [&["reconcile", "--dry-run"][..], &["doctor"]] {
+        let told = run("UNKEY_VMCP_RUNTIME_DIR", args);
+        assert!(told.contains(&format!("UNKEY_VMCP_RUNTIME_DIR={runtime}")), "{args:?}: {told}");
+    }
+    // A restore into a new directory is legal, as on a new host, and tells what it may have missed.
+    let backup = ours("backup");
+    assert!(world.command().args(["backup", &backup]).status().unwrap().success());
+    let told = run("UNKEY_VMCP_STATE_DIR", &["restore", &backup]);
+    assert!(told.contains(&format!("UNKEY_VMCP_STATE_DIR={state}")), "{told}");
+    // Where nothing is known, the settings are named.
+    let mut nowhere = world.command();
+    for variable in ["UNKEY_VMCP_STATE_DIR", "UNKEY_VMCP_RUNTIME_DIR"] {
+        nowhere.env(variable, wrong("nowhere"));
+    }
+    let output = nowhere.args(["reconcile", "--dry-run"]).output().unwrap();
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(told.contains("with the daemon's settings (--config, or UNKEY_VMCP_STATE_DIR"), "{told}");
+}
