@@ -44,6 +44,7 @@ mod options;
 mod paths;
 mod request_id;
 pub(crate) mod strict_json;
+mod syntax;
 mod trace_context;
 mod values;
 mod vital;

@@ -24,13 +24,14 @@ use serde::de::{
 
 use super::entries::{self, MAX_ENTRIES};
 use super::error::invalid_argument;
+use super::syntax;
 use super::values::{PlainType, shortened};
 
 /// The most violations that are kept, which is far more than an answer has room for.
 const MAX_VIOLATIONS: usize = 1000;
 
-/// Refuses requests whose shape is not that of the method's request message, or that have too many
-/// entries.
+/// Refuses requests that are not JSON, whose shape is not that of the method's request message, or
+/// that have too many entries.
 pub(crate) struct JsonShapeInterceptor {
     pool: DescriptorPool,
     /// The names of the request messages by procedure, such as `/vmm.v1.VmService/CreateVm`.
@@ -71,10 +72,17 @@ fn check_json(pool: &DescriptorPool, message: &MessageDescriptor, json: &[u8]) -
     }
     let mut report = ShapeReport { path: String::new(), violations: Vec::new(), entries: 0 };
     let shape = ShapeStep { pool, expected: ExpectedKind::Message(message), report: &mut report };
-    // The result is ignored because an error means one of two things. The text is not JSON: then
-    // the decoder refuses it later, unless a violation was found before the error. Or there are too
-    // many entries: then the walk has added that violation itself.
-    let _syntax = shape.deserialize(&mut serde_json::Deserializer::from_slice(json));
+    let mut text = serde_json::Deserializer::from_slice(json);
+    // The walk returns an error in two cases. The text is not JSON: then the error is a violation
+    // of its own. Or there are too many entries: then the walk has added that violation itself, and
+    // its error is none of syntax.
+    let walked = shape.deserialize(&mut text).and_then(|()| text.end());
+    if let Err(error) = walked
+        && let Some(violation) = syntax::explain(json, &error)
+    {
+        report.path.clear();
+        report.add(violation);
+    }
     if report.violations.is_empty() { Ok(()) } else { Err(invalid_argument(report.violations)) }
 }
 
@@ -366,8 +374,6 @@ mod tests {
             "null",
             r#"{"vm_id":"a","config":{"cpu":null,"storage":[{"path":"/d","isRootDevice":true,"options":{"any":"v"}}]}}"#,
             r#"{"config":{"metadata":{"anything goes":"x"},"restartPolicy":{"mode":4}}}"#,
-            // The decoder reports a syntax error.
-            r#"{"config":"#,
             // All of these spellings of values are accepted by the decoder.
             r#"{"config":{"cpu":{"vcpu_count":"2"},"memory":{"size_bytes":2.0}}}"#,
             r#"{"config":{"cpu":{"vcpu_count":1e1},"memory":{"size_bytes":"-1","hotplug_enabled":true}}}"#,
@@ -435,6 +441,11 @@ mod tests {
                  list where text is expected",
             ),
             ("", "request: the body is empty: send a JSON object, at least {}"),
+            (
+                r#"{"vm_id":7,"config":{"cpu":"#,
+                "vm_id: must be text: write \"7\"; request: is cut off: the body ends after 27 bytes (line 1, column 27), where a \
+                 value has to follow, behind `{\"vm_id\":7,\"config\":{\"cpu\":`; send the whole of it",
+            ),
             (r#""text""#, "request: is \"text\" where an object is expected: write { … }"),
         ] {
             assert_eq!(violations(json).as_deref(), Some(expected), "{json}");

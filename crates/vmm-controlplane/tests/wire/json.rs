@@ -77,6 +77,7 @@ async fn broken_json_and_wrong_types_are_invalid_arguments() {
     let server = TestServer::start().await;
     for body in [
         "{",
+        r#"{"vm_id": a}"#,
         "",
         "[]",
         "{\"vm_id\":1}",
@@ -87,11 +88,12 @@ async fn broken_json_and_wrong_types_are_invalid_arguments() {
         let reply = send(server.addr, json_call("CreateVm", body)).await;
         let (code, message) = reply.error();
         assert_eq!((reply.status.as_u16(), code.as_str()), (400, "invalid_argument"), "{body}: {message}");
-        assert!(message.len() > "failed to decode JSON: ".len(), "{body}: {message}");
         // Broken JSON is named by its place, a wrong value by its path.
         let starts = [
-            "failed to decode JSON: ",
-            "request: ",
+            "request: is cut off: the body ends after 1 bytes",
+            "request: is not JSON at line 1, column 11, ",
+            "request: the body is empty",
+            "request: is a list",
             "vm_id: must be text",
             "config.memory.size_bytes: must be a whole number",
             "config.restart_policy.mode: must be one of RESTART_MODE_NEVER, ",
