@@ -6,7 +6,7 @@ use vmm_core::spec::{
     Boot, Console, Cpu, Disk, DiskCache, Memory, Nic, PageSize, RestartPolicy, Topology, VmSpec,
 };
 
-use crate::kernel_args::check_length;
+use crate::kernel_args::{PanicReport, check_length, check_panic};
 use crate::rest::options::check_keys;
 
 /// The most vCPUs. Cloud Hypervisor's own limit is higher, but KVM without a changed interrupt
@@ -29,6 +29,7 @@ pub(super) fn check(spec: &VmSpec) -> CheckReport {
     check_memory(&mut report, memory);
     let Boot { kernel: _, initrd: _, args: _ } = boot;
     check_length(&mut report, spec, spec.kernel_args().len());
+    check_panic(&mut report, spec, PanicReport::Device);
     let devices = disks.len() + nics.len();
     if devices > MAX_DEVICES {
         let list = if disks.len() >= nics.len() { "config.storage" } else { "config.network" };

@@ -7,7 +7,7 @@ use vmm_core::spec::{
 };
 
 use super::convert::{added_by_firecracker, kernel_args, needs_reboot_argument, wants_smt};
-use crate::kernel_args::{check_length, check_panic};
+use crate::kernel_args::{PanicReport, check_length, check_panic};
 use crate::rest::options::check_keys;
 
 /// The most vCPUs.
@@ -45,7 +45,7 @@ pub(super) fn check(spec: &VmSpec) -> CheckReport {
         );
     }
     check_length(&mut report, spec, kernel_args(spec).len() + added_by_firecracker(devices));
-    check_panic(&mut report, spec, "Firecracker");
+    check_panic(&mut report, spec, PanicReport::None("Firecracker"));
     match console {
         Console::Off | Console::Kept | Console::File(_) => {}
     }

@@ -6,7 +6,7 @@ use vmm_core::spec::{Boot, Console, Cpu, Disk, Memory, Nic, RestartPolicy, VmSpe
 
 use super::convert::{Accelerator, QemuMachine};
 use super::options::{MACHINE_KEY, VmOptions};
-use crate::kernel_args::{check_length, check_panic};
+use crate::kernel_args::{PanicReport, check_length, check_panic};
 
 /// The most vCPUs. QEMU's machines accept 288, but more than 255 need an interrupt controller in
 /// KVM with x2APIC.
@@ -105,6 +105,7 @@ pub(crate) fn check_q35(report: &mut CheckReport, spec: &VmSpec) {
             report.reject(list, format!("must have at most {MAX_Q35_DEVICES} entries on q35, not {count}"));
         }
     }
+    check_panic(report, spec, PanicReport::Device);
 }
 
 fn check_microvm(report: &mut CheckReport, spec: &VmSpec, accelerator: Accelerator) {
@@ -123,7 +124,7 @@ fn check_microvm(report: &mut CheckReport, spec: &VmSpec, accelerator: Accelerat
     if spec.memory.hotplug_max_bytes.is_some() {
         report.ignore("config.memory.hotplug_enabled", "has no effect: microvm has no memory hot-plug");
     }
-    check_panic(report, spec, "QEMU's microvm");
+    check_panic(report, spec, PanicReport::None("QEMU's microvm"));
     let has_frequency = kernel_words(&spec.boot.args).any(|word| word.starts_with("tsc_early_khz="));
     if accelerator == Accelerator::Tcg && !has_frequency {
         report.advise(
