@@ -37,7 +37,7 @@ pub(crate) struct Ending<'a> {
     pub(crate) operation: &'a str,
     /// True if the caller has set `force`.
     pub(crate) force: bool,
-    /// The caller, `policy` for a restart policy, or `system` for the program.
+    /// The caller, as the event shows it: `system` for the program, as where a restart policy acts.
     pub(crate) actor: &'a (dyn fmt::Display + Sync),
     /// The VM.
     pub(crate) record: &'a VmRecord,
@@ -108,7 +108,8 @@ pub(crate) fn unrequested(event: &NewEvent, backend: &BackendName, is_logged: bo
             status.phase == Phase::Failed || matches!(status.reason, Reason::PlaceTaken | Reason::SocketsGone)
         }
     };
-    let (operation, actor, state) = (event.kind.as_str(), actor_of(event), event.state.name());
+    let (operation, state) = (event.kind.as_str(), event.state.name());
+    let (actor, origin) = (&event.caller, origin_of(event));
     let (reason, detail) = (status.reason.as_str(), status.message.as_str());
     let reason = (!reason.is_empty()).then_some(reason);
     let detail = (!detail.is_empty()).then_some(detail);
@@ -117,7 +118,7 @@ pub(crate) fn unrequested(event: &NewEvent, backend: &BackendName, is_logged: bo
     macro_rules! line {
         ($level:ident, $message:literal) => {
             tracing::$level!(
-                operation, actor, %vm_id, %uid, %backend, outcome, reason, detail, cause, state, phase,
+                operation, %actor, origin, %vm_id, %uid, %backend, outcome, reason, detail, cause, state, phase,
                 restarts = status.restarts,
                 $message
             )
@@ -152,8 +153,8 @@ fn is_failure(reason: &Reason) -> bool {
     matches!(reason, Reason::GuestCrash | Reason::VmmFailed | Reason::Unknown | Reason::RestartLoop)
 }
 
-/// Returns the party that caused a change which no client requested.
-fn actor_of(event: &NewEvent) -> &'static str {
+/// Returns the thing with which a change began that no client requested.
+fn origin_of(event: &NewEvent) -> &'static str {
     match (event.kind, &event.status.reason) {
         (
             _,
@@ -171,7 +172,7 @@ fn actor_of(event: &NewEvent) -> &'static str {
             Reason::GuestReset | Reason::GuestPowerOff | Reason::GuestCrash | Reason::RestartLoop,
         ) => "guest",
         (EventKind::VmmExited, _) => "vmm",
-        _ => "system",
+        _ => "daemon",
     }
 }
 

@@ -22,8 +22,8 @@ use tracing_subscriber::registry::LookupSpan;
 
 /// The keys that answer who did what to which VM and how it ended, in the order of a text line. All
 /// other keys follow in the order of the alphabet.
-const FIRST_KEYS: [&str; 9] =
-    ["operation", "vm_id", "actor", "outcome", "reason", "detail", "error", "state", "duration_ms"];
+const FIRST_KEYS: [&str; 10] =
+    ["operation", "vm_id", "actor", "origin", "outcome", "reason", "detail", "error", "state", "duration_ms"];
 /// The keys at the end of a text line, because a person seldom reads them.
 const LAST_KEYS: [&str; 4] = ["backend", "uid", "path", "request_id"];
 

@@ -164,14 +164,15 @@ fn the_end_of_a_run_has_a_log_line() {
     };
     let killed = logged("vm", "the VM's run ended by a failure");
     assert_eq!((&killed["level"], &killed["reason"]), (&json!("WARN"), &json!("vmm-failed")));
-    assert_eq!((&killed["operation"], &killed["actor"]), (&json!("vmm-exited"), &json!("vmm")));
+    assert_eq!((&killed["operation"], &killed["origin"]), (&json!("vmm-exited"), &json!("vmm")));
     assert!(killed["detail"].as_str().unwrap().contains("SIGKILL"), "{killed:?}");
     let looped = logged("again", "the VM's run ended by a failure");
     let reset = logged("again", "the guest reset itself in place and runs again");
     for line in [looped, reset] {
-        assert_eq!(line["actor"], "guest", "{line:?}");
+        assert_eq!(line["origin"], "guest", "{line:?}");
     }
     for line in [killed, looped, reset] {
+        assert_eq!(line["actor"], "system", "as the event says: {line:?}");
         assert_eq!(line.get("request_id"), None, "{line:?}");
         assert!(line.contains_key("uid") && line.contains_key("backend"), "{line:?}");
     }
@@ -191,9 +192,15 @@ fn a_start_by_the_restart_policy_has_one_log_line() {
         info["state"] == "VM_STATE_RUNNING" && info["backend_info"]["pid"].as_str() != Some(&pid.to_string())
     };
     world.wait_for("vm", "started again", |info| runs_again(info) && info["status"]["phase"] == "running");
+    let events = world.call("ListVmEvents", &json!({"vm_id": "vm"})).ok()["events"].clone();
+    let started = |event: &&Value| event["cause"] == "BootVm" && event["actor"] == "system";
+    assert!(events.as_array().unwrap().iter().find(started).is_some(), "{events:#}");
     let (_, log) = world.stop(Signal::TERM);
-    let restarts: Vec<_> =
-        read(&log).into_iter().filter(|line| line.get("actor") == Some(&json!("policy"))).collect();
+    // The line names the actor as the event does.
+    let is_restart = |line: &Map<String, Value>| {
+        line.get("operation") == Some(&json!("BootVm")) && line.get("actor") == Some(&json!("system"))
+    };
+    let restarts: Vec<_> = read(&log).into_iter().filter(is_restart).collect();
     let [restart] = &restarts[..] else { panic!("{log:#?}") };
     assert_eq!((&restart["level"], &restart["outcome"]), (&json!("INFO"), &json!("done")), "{restart:?}");
     assert_eq!((&restart["operation"], &restart["vm_id"]), (&json!("BootVm"), &json!("vm")), "{restart:?}");

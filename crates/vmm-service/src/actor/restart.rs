@@ -149,7 +149,7 @@ impl Actor {
         let ending = Ending {
             operation: VmOperation::Boot.method(),
             force: false,
-            actor: &"policy",
+            actor: &caller,
             record: &record,
             asked,
         };
