@@ -1,6 +1,7 @@
 //! Conversions between messages and the core's types. Configurations are converted in both
 //! directions field by field; everything else is only converted into messages.
 
+use buffa::EnumValue;
 use vmm_core::backend::BackendHealth;
 use vmm_core::config::{
     BootConfig, ConsoleConfig, CpuConfig, CpuTopology, MemoryConfig, NetworkInterface, RestartPolicyConfig,
@@ -51,19 +52,22 @@ fn state_from_pb(state: pb::VmState) -> Option<VmState> {
 /// # Errors
 ///
 /// One violation for each entry that is no state.
-pub(crate) fn states_from_pb(
+pub(crate) fn states_from_pb<'a>(
     field: &str,
-    states: impl Iterator<Item = Option<pb::VmState>>,
+    states: impl IntoIterator<Item = &'a EnumValue<pb::VmState>>,
 ) -> Result<Vec<VmState>, Vec<FieldReport>> {
     let mut named = Vec::new();
     let mut violations = Vec::new();
-    for (index, state) in states.enumerate() {
-        match state.and_then(state_from_pb) {
+    for (index, state) in states.into_iter().enumerate() {
+        match state.as_known().and_then(state_from_pb) {
             Some(state) if named.contains(&state) => {}
             Some(state) => named.push(state),
             None => violations.push(FieldReport::new(
                 format!("{field}[{index}]"),
-                "must be VM_STATE_CREATED, VM_STATE_RUNNING, VM_STATE_PAUSED or VM_STATE_SHUTDOWN",
+                format!(
+                    "must be one of VM_STATE_CREATED (1), VM_STATE_RUNNING (2), VM_STATE_PAUSED (3) and VM_STATE_SHUTDOWN (4), not {}",
+                    state.to_i32()
+                ),
             )),
         }
     }
@@ -383,12 +387,12 @@ mod tests {
 
     #[test]
     fn a_state_filter_ignores_duplicates_and_names_each_unknown_state() {
-        let running = Some(pb::VmState::Running);
-        let many = std::iter::repeat_n(running, 1000).chain([Some(pb::VmState::Paused), running]);
+        let [running, paused, unspecified, unknown] = [2, 3, 0, 99].map(EnumValue::<pb::VmState>::from);
+        let many = std::iter::repeat_n(&running, 1000).chain([&paused, &running]);
         assert_eq!(states_from_pb("states", many).unwrap(), [VmState::Running, VmState::Paused]);
-        let wrong = [None, running, Some(pb::VmState::Unspecified)].into_iter();
-        let fields: Vec<String> =
-            states_from_pb("states", wrong).unwrap_err().into_iter().map(|report| report.field).collect();
+        let refused = states_from_pb("states", [&unknown, &running, &unspecified]).unwrap_err();
+        assert!(refused[0].message.ends_with("VM_STATE_SHUTDOWN (4), not 99"), "{refused:?}");
+        let fields: Vec<String> = refused.into_iter().map(|report| report.field).collect();
         assert_eq!(fields, ["states[0]", "states[2]"]);
     }
 

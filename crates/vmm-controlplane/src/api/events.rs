@@ -72,7 +72,7 @@ pub(super) async fn wait(
     ctx: &RequestContext,
     request: pb::WaitVmRequest,
 ) -> Result<pb::WaitVmResponse, ConnectError> {
-    let states = states_from_pb("states", request.states.iter().map(|state| state.as_known()));
+    let states = states_from_pb("states", &request.states);
     let deadline = wait_deadline(request.timeout_seconds, ctx.time_remaining());
     let (states, deadline) = match (states, deadline) {
         (Ok(states), Ok(deadline)) => (states, deadline),

@@ -174,8 +174,7 @@ impl pb::VmService for VmHandlers {
         request: ServiceRequest<'_, pb::ListVmsRequest>,
     ) -> ServiceResult<pb::ListVmsResponse> {
         let request = request.to_owned_message();
-        let states =
-            states_from_pb("state_filter", request.state_filter.iter().map(|state| state.as_known()));
+        let states = states_from_pb("state_filter", &request.state_filter);
         let (states, mut violations) = match states {
             Ok(states) => (states, Vec::new()),
             Err(violations) => (Vec::new(), violations),

@@ -196,6 +196,23 @@ fn invalid_vm_ids_are_refused() {
 }
 
 #[test]
+fn a_number_that_an_enum_does_not_have_is_answered_with_the_names() {
+    let world = World::started(&[]);
+    world.create("vm", &world.tiny(TinyGuest::Idle));
+    let config = with(world.tiny(TinyGuest::Idle), "/restart_policy", json!({"mode": 99}));
+    let states = "must be one of VM_STATE_CREATED (1), VM_STATE_RUNNING (2), VM_STATE_PAUSED (3) and VM_STATE_SHUTDOWN (4), not 99";
+    let modes = "must be one of RESTART_MODE_NEVER (1), RESTART_MODE_GUEST_REBOOT (2), RESTART_MODE_ON_FAILURE (3) and \
+                 RESTART_MODE_ALWAYS (4), not 99";
+    for (method, request, expected) in [
+        ("CreateVm", json!({"config": config}), format!("config.restart_policy.mode: {modes}")),
+        ("ListVms", json!({"state_filter": [2, 99]}), format!("state_filter[1]: {states}")),
+        ("WaitVm", json!({"vm_id": "vm", "states": [99]}), format!("states[0]: {states}")),
+    ] {
+        assert_eq!(world.call(method, &request).error("invalid_argument"), expected, "{method}");
+    }
+}
+
+#[test]
 fn all_violations_are_in_the_message_and_the_details() {
     let world = World::started(&[]);
     let config = json!({"cpu": {"vcpu_count": 0}, "memory": {"size_bytes": 1}, "boot": {"kernel_path": "/nonexistent"}});
