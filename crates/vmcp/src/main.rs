@@ -35,7 +35,10 @@ use crate::output::{Output, problem, remark};
 fn main() -> ExitCode {
     // A shell that completes calls this program with this variable set, and wants nothing else printed.
     CompleteEnv::with_factory(Cli::command).var(commands::completion::VARIABLE).complete();
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let format = cli.global.output;
     let mut server = String::new();
     match run(cli, &mut server) {
@@ -47,6 +50,17 @@ fn main() -> ExitCode {
             failure.exit_code()
         }
     }
+}
+
+/// Prints help, the version or an error of the command line. An error gets a hint where the command
+/// is one of another tool.
+fn refuse(error: &clap::Error) -> ExitCode {
+    // A closed stream is no failure of its own, and the exit code says what happened.
+    let _ = error.print();
+    if let Some(hint) = cli::hint(error) {
+        remark(&format!("hint: {hint}"));
+    }
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
 /// Carries out the command. `server` is set to the server's name as soon as it is known, so that an

@@ -10,7 +10,10 @@ use vmm_controlplane::config::{
 use vmm_controlplane::{daemon, operator, telemetry};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
     let environment: Environment = std::env::vars_os().collect();
     let outcome = match &cli.command {
         Subcommand::MigrateEnv => Ok(print_answer(&migrate_env(&environment))),
@@ -32,6 +35,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Prints help, the version or an error of the command line.
+fn refuse(error: &clap::Error) -> ExitCode {
+    // A closed stream is no failure of its own, and the exit code says what happened.
+    let _ = error.print();
+    if let Some(hint) = Cli::hint(error) {
+        let _ = writeln!(std::io::stderr(), "hint: {hint}");
+    }
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
 fn load(cli: &Cli, environment: &Environment) -> Result<LoadedConfig, ConfigErrors> {

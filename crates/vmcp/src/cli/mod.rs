@@ -2,6 +2,7 @@
 //! show.
 
 mod create;
+mod hints;
 mod lifecycle;
 mod look;
 mod values;
@@ -10,6 +11,7 @@ use clap::builder::styling::Styles;
 use clap::{Args, Parser, Subcommand};
 
 pub(crate) use create::{Config, Create, Flags, Validate};
+pub(crate) use hints::hint;
 pub(crate) use lifecycle::{Delete, Names, Reboot, Shutdown};
 pub(crate) use look::{Api, Backends, Events, Get, List, Man, Wait, Watch};
 pub(crate) use values::Pair;
@@ -72,20 +74,28 @@ pub(crate) enum Command {
     /// Makes the checks of create, and touches nothing
     Validate(Box<Validate>),
     /// Starts VMs
+    #[command(visible_alias = "start")]
     Boot(Names),
     /// Ends guests: asks them, and powers off those that do not go in time
+    #[command(visible_alias = "stop")]
     Shutdown(Shutdown),
     /// Stops the processors of guests; memory and devices stay
+    #[command(visible_alias = "suspend")]
     Pause(Names),
     /// Lets paused guests run on
+    #[command(visible_alias = "unpause")]
     Resume(Names),
     /// Ends guests as shutdown does, and boots them again
+    #[command(visible_alias = "restart")]
     Reboot(Reboot),
     /// Forgets VMs; files that you named stay
+    #[command(visible_alias = "rm", alias = "remove")]
     Delete(Delete),
     /// Lists VMs, oldest first
+    #[command(visible_alias = "ls", alias = "ps")]
     List(List),
     /// Shows all that is known of one VM
+    #[command(visible_alias = "show", aliases = ["inspect", "info", "status", "describe"])]
     Get(Get),
     /// Waits until a VM is in a state
     Wait(Wait),
@@ -163,6 +173,27 @@ mod tests {
             let is_word =
                 |word: &str| word.trim_matches(|letter: char| !letter.is_ascii_alphanumeric()) == name;
             assert!(rows.iter().any(|row| row.split_whitespace().any(is_word)), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_words_of_other_tools_mean_the_same_here() {
+        for (word, name) in [
+            ("start", "boot"),
+            ("stop", "shutdown"),
+            ("suspend", "pause"),
+            ("unpause", "resume"),
+            ("restart", "reboot"),
+            ("rm", "delete"),
+            ("remove", "delete"),
+            ("ls", "list"),
+            ("ps", "list"),
+            ("show", "get"),
+            ("inspect", "get"),
+        ] {
+            let commands = Cli::command();
+            let found = commands.find_subcommand(word).map(|command| command.get_name());
+            assert_eq!(found, Some(name), "{word}");
         }
     }
 

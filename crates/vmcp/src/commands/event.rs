@@ -1,11 +1,19 @@
 //! An event in a few words, for `watch` and `events`.
 
+use std::collections::BTreeMap;
+
 use vmm_proto::v1 as pb;
 
 use crate::output::{units, words};
 
 /// The headings of [`cells`].
 pub(super) const HEADING: [&str; 6] = ["TIME", "NAME", "EVENT", "STATE", "STATUS", "CAUSE"];
+
+/// Returns true if two VMs of one name occur, which only their uids distinguish.
+pub(super) fn has_namesakes(events: &[pb::VmEvent]) -> bool {
+    let mut uids = BTreeMap::new();
+    events.iter().any(|event| *uids.entry(&event.vm_id).or_insert(&event.uid) != &event.uid)
+}
 
 /// Returns the cells of an event.
 pub(super) fn cells(event: &pb::VmEvent) -> [String; 6] {
@@ -30,6 +38,17 @@ pub(super) fn cells(event: &pb::VmEvent) -> [String; 6] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn namesakes_are_two_uids_of_one_name() {
+        let event = |vm_id: &str, uid: &str| pb::VmEvent {
+            vm_id: vm_id.into(),
+            uid: uid.into(),
+            ..Default::default()
+        };
+        assert!(!has_namesakes(&[event("a", "1"), event("b", "2"), event("a", "1")]));
+        assert!(has_namesakes(&[event("a", "1"), event("b", "2"), event("a", "3")]));
+    }
 
     #[test]
     fn an_event_line_has_the_time_the_vm_the_change_and_the_cause() {

@@ -27,9 +27,17 @@ pub(super) async fn run(session: &mut Session, arguments: &Events) -> Result<(),
     }
     let names: Vec<_> = answer.events.iter().map(|event| event.vm_id.as_str()).collect();
     session.output.answer(&answer, &names, |width| {
-        let mut table = Table::new(width, event::HEADING);
+        // A uid is long, so it is shown only where the name does not tell which VM an event is of.
+        if !event::has_namesakes(&answer.events) {
+            let mut table = Table::new(width, event::HEADING);
+            answer.events.iter().for_each(|event| table.row(event::cells(event)));
+            return table.render();
+        }
+        let [time, name, kind, state, status, cause] = event::HEADING;
+        let mut table = Table::new(width, [time, name, "UID", kind, state, status, cause]);
         for event in &answer.events {
-            table.row(event::cells(event));
+            let [time, name, kind, state, status, cause] = event::cells(event);
+            table.row([time, name, event.uid.clone(), kind, state, status, cause]);
         }
         table.render()
     })

@@ -15,6 +15,7 @@ trials![
     backends_and_health_show_the_available_backends,
     an_unavailable_backend_makes_health_fail,
     the_events_of_a_deleted_vm_are_shown,
+    a_word_of_another_tool_is_taken_or_answered_with_a_hint,
     control_bytes_in_names_are_escaped,
     a_closed_output_pipe_is_no_failure,
 ];
@@ -143,6 +144,32 @@ fn the_events_of_a_deleted_vm_are_shown() {
     let last = world.run(&["events", "--last", "1", "-o", "json"]).json();
     assert_eq!(last["events"].as_array().unwrap().len(), 1);
     assert_eq!(last["events"][0]["type"], "deleted");
+
+    // A later VM of the same name is another one.
+    world.create("gone", TinyGuest::Idle);
+    let table = world.run(&["events", "gone"]).ok();
+    assert!(table.starts_with("TIME ") && table.lines().next().unwrap().contains(" UID "), "{table}");
+    let uids: std::collections::BTreeSet<_> =
+        table.lines().skip(1).map(|line| line.split_whitespace().nth(2).unwrap()).collect();
+    let shown = world.call("ListVmEvents", &json!({"vm_id": "gone"}));
+    let expected = shown["events"].as_array().unwrap().iter().map(|event| event["uid"].as_str().unwrap());
+    assert_eq!(uids, expected.collect(), "{table}");
+    assert_eq!(uids.len(), 2, "{table}");
+}
+
+fn a_word_of_another_tool_is_taken_or_answered_with_a_hint() {
+    let world = World::started(&[]);
+    world.create("a", TinyGuest::Idle);
+    for word in ["ls", "ps"] {
+        assert_eq!(world.run(&[word, "-o", "name"]).ok(), "a\n");
+    }
+    let error = world.run(&["logs", "a"]).failed(2);
+    assert!(
+        error.contains("unrecognized subcommand 'logs'") && error.contains("hint: `vmcp get NAME`"),
+        "{error}"
+    );
+    world.run(&["rm", "a"]).ok();
+    assert_eq!(world.run(&["ls", "-o", "name"]).ok(), "");
 }
 
 fn control_bytes_in_names_are_escaped() {

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, CommandFactory, FromArgMatches};
 
 use super::settings::{CONFIG_KEY, PREFIX, Setting, SettingDefault, variable};
@@ -88,6 +89,15 @@ pub struct Cli {
 }
 
 impl clap::Parser for Cli {}
+
+impl Cli {
+    /// Returns the hint for an error of the command line: an unknown command may be one for VMs,
+    /// which are those of the program `vmcp`.
+    pub fn hint(error: &clap::Error) -> Option<&'static str> {
+        (error.kind() == ErrorKind::InvalidSubcommand)
+            .then_some("commands for VMs are those of the program vmcp, as `vmcp list`; see `vmcp --help`")
+    }
+}
 
 impl CommandFactory for Cli {
     fn command() -> clap::Command {
@@ -281,6 +291,13 @@ mod tests {
         for args in [["vmm-controlplane", "--prot=1"], ["vmm-controlplane", "server"]] {
             assert!(Cli::try_parse_from(args).is_err(), "{args:?}");
         }
+    }
+
+    #[test]
+    fn an_unknown_command_leads_to_the_program_for_vms() {
+        let hint = |arg| Cli::hint(&Cli::try_parse_from(["vmm-controlplane", arg]).unwrap_err());
+        assert!(hint("list").unwrap().contains("`vmcp list`"));
+        assert_eq!(hint("--prot=1"), None);
     }
 
     #[test]
