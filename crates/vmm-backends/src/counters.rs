@@ -103,9 +103,9 @@ mod tests {
             (&[], Some(0), 0),
         ] {
             let taps: Vec<_> = taps.iter().map(|tap| (*tap).to_owned()).collect();
-            let mut told = Vec::new();
-            let sum = sum(&taps, &one_of_each, &mut told);
-            assert_eq!((sum.map(|sum| sum.bytes_received), told.len()), (received, missing), "{taps:?}");
+            let mut reported = Vec::new();
+            let sum = sum(&taps, &one_of_each, &mut reported);
+            assert_eq!((sum.map(|sum| sum.bytes_received), reported.len()), (received, missing), "{taps:?}");
         }
     }
 }

@@ -93,12 +93,12 @@ pub async fn climb(means: &dyn LadderRungs, ladder: LadderOptions) -> Result<End
     if process.has_ended() {
         return gone(process, EndedBy::Guest).await;
     }
-    let forced = ladder.ask_guest_for.is_none();
+    let forced = ladder.guest_timeout.is_none();
     let mut reached = EndedBy::Guest;
     // Rung 1: ask the guest, for as long as the caller gives it. If the VMM answered no request,
     // the ladder stops with an error, because the guest may never have been asked and the next
     // rungs would take its power away. Force begins at rung 2 instead.
-    if let Some(guest_timeout) = ladder.ask_guest_for {
+    if let Some(guest_timeout) = ladder.guest_timeout {
         match ask(means, guest_timeout).await {
             AskOutcome::Ended(rung) => return Ok(rung),
             AskOutcome::RunsOn(rung) => reached = rung,
@@ -107,13 +107,13 @@ pub async fn climb(means: &dyn LadderRungs, ladder: LadderOptions) -> Result<End
     }
     // Rung 2: order the VMM to power off. A refused order leaves `reached` unchanged, because the
     // VM did not receive it. Every other outcome may have reached the VM, so an end that follows is
-    // attributed to this rung. The wait depends on the outcome, see `CallOutcome::patience`.
+    // attributed to this rung. The wait depends on the outcome, see `CallOutcome::exit_timeout`.
     if let Some(call) = means.power_off(forced) {
         let limit = if forced { FORCED_ORDER_TIMEOUT } else { ORDER_TIMEOUT };
         let called = call_vmm(process, limit, call, "power the VM off").await;
         reached = if called == CallOutcome::Refused { reached } else { EndedBy::Vmm };
         point(FaultPoint::LadderOrdered);
-        if ends_within(means, called.patience()).await {
+        if ends_within(means, called.exit_timeout()).await {
             return Ok(reached);
         }
     }
@@ -237,7 +237,7 @@ pub(crate) async fn power_off(means: &dyn LadderRungs) -> Result<EndedBy, Backen
         let called = call_vmm(process, ORDER_TIMEOUT, call, "power the VM off").await;
         reached = if called == CallOutcome::Refused { reached } else { rung };
         point(FaultPoint::LadderOrdered);
-        if ends_within(means, called.patience()).await {
+        if ends_within(means, called.exit_timeout()).await {
             return Ok(reached);
         }
     }
@@ -283,7 +283,7 @@ enum CallOutcome {
 
 impl CallOutcome {
     /// Returns the time to wait for the end of the VM after this outcome.
-    fn patience(self) -> Duration {
+    fn exit_timeout(self) -> Duration {
         match self {
             Self::Taken | Self::Lost => END_TIMEOUT,
             Self::Refused => EXIT_REPORT_TIMEOUT,

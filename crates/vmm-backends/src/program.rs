@@ -59,8 +59,8 @@ impl Version {
 /// Returns the version that a VMM reports of itself, in the form of [`Version`]. Text in another
 /// form is sanitized and returned.
 pub fn reported_version(text: &str) -> String {
-    let told = Version::leading(text.trim_start_matches('v'));
-    told.map_or_else(|| sanitize::version(text), |version| version.to_string())
+    let reported = Version::leading(text.trim_start_matches('v'));
+    reported.map_or_else(|| sanitize::version(text), |version| version.to_string())
 }
 
 /// The fixed facts about a hypervisor's program.

@@ -44,7 +44,7 @@ impl ResetTracker {
 
     /// Records the event of a reset that the guest did not do, and returns true if another client
     /// ordered that reset.
-    pub(crate) fn is_anothers(&self) -> bool {
+    pub(crate) fn is_foreign(&self) -> bool {
         let awaited = self.awaited.swap(false, Ordering::Relaxed);
         self.seen.notify_one();
         !awaited
@@ -67,21 +67,21 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn only_a_reset_that_was_not_ordered_is_foreign() {
         let resets = ResetTracker::default();
-        assert!(resets.is_anothers());
+        assert!(resets.is_foreign());
         for _ in 0..2 {
-            let told = async {
+            let reported = async {
                 tokio::task::yield_now().await;
-                assert!(!resets.is_anothers(), "it was ordered");
+                assert!(!resets.is_foreign(), "it was ordered");
             };
-            let (ordered, ()) = tokio::join!(resets.order(std::future::ready(Ok::<_, ()>(()))), told);
+            let (ordered, ()) = tokio::join!(resets.order(std::future::ready(Ok::<_, ()>(()))), reported);
             ordered.unwrap();
-            assert!(resets.is_anothers(), "one event for one order");
+            assert!(resets.is_foreign(), "one event for one order");
         }
         resets.order(std::future::ready(Err(()))).await.unwrap_err();
-        assert!(resets.is_anothers(), "what failed is not waited for");
+        assert!(resets.is_foreign(), "what failed is not waited for");
         let begun = tokio::time::Instant::now();
         resets.order(std::future::ready(Ok::<_, ()>(()))).await.unwrap();
         assert_eq!(begun.elapsed(), RESET_EVENT_TIMEOUT, "an event that was lost holds nobody up for long");
-        assert!(resets.is_anothers());
+        assert!(resets.is_foreign());
     }
 }

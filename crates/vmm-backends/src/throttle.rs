@@ -72,12 +72,12 @@ mod tests {
         tokio::time::sleep_until(again).await;
         throttle.admit().unwrap();
         throttle.admit().unwrap_err();
-        let mut told = 0;
+        let mut reported = 0;
         for _ in 0..1000 {
-            told += u32::from(throttle.admit().is_ok());
+            reported += u32::from(throttle.admit().is_ok());
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        assert!((9..=10).contains(&told), "{told} in 10 s");
+        assert!((9..=10).contains(&reported), "{reported} in 10 s");
         tokio::time::sleep(Duration::from_secs(3600)).await;
         assert_eq!((0..1000).filter(|_| throttle.admit().is_ok()).count(), BURST as usize);
     }

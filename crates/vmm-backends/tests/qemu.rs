@@ -26,7 +26,7 @@ use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::logs::a_silent_vmm_is_trimmed;
 
 const MACHINES: [&str; 2] = ["q35", "microvm"];
-const FORCE: LadderOptions = LadderOptions { ask_guest_for: None };
+const FORCE: LadderOptions = LadderOptions { guest_timeout: None };
 
 /// A bench per machine; none where QEMU is missing, after saying that `test` is skipped.
 async fn benches(test: &str, guest: TinyGuest, restart: i32) -> Vec<Bench> {
@@ -138,7 +138,8 @@ async fn type_at_console(bench: &Bench, bytes: &[u8]) {
     use tokio::io::AsyncWriteExt;
     let mut console = tokio::net::UnixStream::connect(bench.dir().join("console.sock")).await.unwrap();
     console.write_all(bytes).await.unwrap();
-    // Held open until QEMU has read it: it drops what it has not read of a connection that is closed.
+    // Held open until QEMU has read it: it drops what it has not read of a connection that is
+    // closed.
     tokio::time::sleep(Duration::from_millis(300)).await;
 }
 

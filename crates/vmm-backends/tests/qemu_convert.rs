@@ -1,4 +1,5 @@
-//! What becomes of a configuration on QEMU's command line, and which configurations are refused. Nothing is started.
+//! What becomes of a configuration on QEMU's command line, and which configurations are refused.
+//! Nothing is started.
 
 #![allow(
     clippy::unwrap_used,
@@ -194,26 +195,26 @@ fn the_command_line_of_a_spare_vmm() {
 
 #[test]
 fn the_spare_file_of_a_minimal_vm_on_q35() {
-    let told = told_in("/run/v,m/0a", &config(None), Accelerator::Kvm, Some("/run/v,m/0a/console.log"));
-    insta::assert_snapshot!(told.unwrap().file);
+    let reported = told_in("/run/v,m/0a", &config(None), Accelerator::Kvm, Some("/run/v,m/0a/console.log"));
+    insta::assert_snapshot!(reported.unwrap().file);
 }
 
 #[test]
 fn the_spare_file_of_a_minimal_vm_on_microvm() {
-    let told = told_in("/run/vm/0a", &config(Some("microvm")), Accelerator::Tcg, Some("/run/vm/0a/c"));
-    insta::assert_snapshot!(told.unwrap().file);
+    let reported = told_in("/run/vm/0a", &config(Some("microvm")), Accelerator::Tcg, Some("/run/vm/0a/c"));
+    insta::assert_snapshot!(reported.unwrap().file);
 }
 
 #[test]
 fn the_spare_file_of_a_full_vm_on_q35() {
-    let told = told_in("/run/v,m/0a", &full(Some("q35")), Accelerator::Tcg, Some("/var/log/c,1"));
-    insta::assert_snapshot!(told.unwrap().file);
+    let reported = told_in("/run/v,m/0a", &full(Some("q35")), Accelerator::Tcg, Some("/var/log/c,1"));
+    insta::assert_snapshot!(reported.unwrap().file);
 }
 
 #[test]
 fn the_spare_file_of_a_full_vm_on_microvm() {
-    let told = told_in("/run/v,m/0a", &full(Some("microvm")), Accelerator::Kvm, Some("/var/log/c,1"));
-    insta::assert_snapshot!(told.unwrap().file);
+    let reported = told_in("/run/v,m/0a", &full(Some("microvm")), Accelerator::Kvm, Some("/var/log/c,1"));
+    insta::assert_snapshot!(reported.unwrap().file);
 }
 
 #[test]
@@ -283,9 +284,9 @@ fn values_that_the_spare_file_cannot_carry_are_refused() {
 #[test]
 fn the_console_is_the_last_section_of_the_spare_file() {
     for machine in ["q35", "microvm"] {
-        let told = told_in("/run/vm/0a", &full(Some(machine)), Accelerator::Tcg, Some("/c")).unwrap();
-        assert_eq!(told.file.matches("[chardev ").count(), 1);
-        let (_, console) = told.file.split_once("[chardev \"console\"]\n").unwrap();
+        let reported = told_in("/run/vm/0a", &full(Some(machine)), Accelerator::Tcg, Some("/c")).unwrap();
+        assert_eq!(reported.file.matches("[chardev ").count(), 1);
+        let (_, console) = reported.file.split_once("[chardev \"console\"]\n").unwrap();
         assert!(!console.contains('['), "{console}");
         assert!(console.ends_with(" backend = \"socket\"\n"), "{console}");
     }

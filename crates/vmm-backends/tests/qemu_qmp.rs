@@ -1,4 +1,5 @@
-//! The QMP client against scripted peers: honest ones, and those that a broken or hostile VMM could be.
+//! The QMP client against scripted peers: honest ones, and those that a broken or hostile VMM could
+//! be.
 
 #![allow(
     clippy::unwrap_used,
@@ -203,7 +204,7 @@ async fn a_silent_peer_times_out() {
 
 #[tokio::test]
 async fn a_command_without_an_answer_times_out_and_a_late_answer_harms_nothing() {
-    let (told, tell) = tokio::sync::oneshot::channel::<()>();
+    let (reported, tell) = tokio::sync::oneshot::channel::<()>();
     let stage = stage(|mut peer| async move {
         peer.greet().await;
         let (_, _, first) = peer.hear().await;
@@ -218,7 +219,7 @@ async fn a_command_without_an_answer_times_out_and_a_late_answer_harms_nothing()
     assert!(matches!(error, QmpError::Timeout { command: "stop", sent: true, .. }), "{error:?}");
     let error = BackendError::from(error);
     assert_eq!((error.kind, error.effect), (BackendErrorKind::Timeout, Effect::Unknown));
-    told.send(()).unwrap();
+    reported.send(()).unwrap();
     qmp.cont().await.unwrap();
 }
 

@@ -1,4 +1,5 @@
-//! Spare QEMUs, against a real one: the launch of their VM uses them, to the same effect as an ordinary start, or they are gone.
+//! Spare QEMUs, against a real one: the launch of their VM uses them, to the same effect as an
+//! ordinary start, or they are gone.
 
 #![allow(
     clippy::unwrap_used,
@@ -27,7 +28,7 @@ use vmm_host::process::{Lookup, Process, Signal, adopt, find_by_argument};
 use vmm_testkit::guests::TinyGuest;
 
 const MACHINES: [&str; 2] = ["q35", "microvm"];
-const FORCE: LadderOptions = LadderOptions { ask_guest_for: None };
+const FORCE: LadderOptions = LadderOptions { guest_timeout: None };
 
 /// A bench per machine; none where QEMU is missing, after saying that `test` is skipped.
 async fn benches(test: &str, guest: TinyGuest) -> Vec<Bench> {
@@ -263,9 +264,9 @@ async fn an_error_on_a_spare_vmm_has_qemus_own_text() {
         bench.config.boot.as_mut().unwrap().kernel_path = nonsense.to_str().unwrap().to_owned();
         let by_itself = bench.try_launch().await.err().unwrap();
         start(&bench).await;
-        let told = bench.try_launch().await.err().unwrap();
-        assert_eq!((told.kind, told.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
-        assert_eq!(told.message, by_itself.message);
+        let reported = bench.try_launch().await.err().unwrap();
+        assert_eq!((reported.kind, reported.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+        assert_eq!(reported.message, by_itself.message);
         assert_eq!(bench.processes(), 0);
     }
 }

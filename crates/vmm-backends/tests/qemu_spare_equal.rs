@@ -1,4 +1,5 @@
-//! The VM that a spare QEMU is told, and the same one from the command line: a real QEMU shows no difference between them.
+//! The VM that a spare QEMU is told, and the same one from the command line: a real QEMU shows no
+//! difference between them.
 
 #![allow(
     clippy::unwrap_used,
@@ -113,8 +114,9 @@ async fn facts(bench: &Bench) -> Facts {
     facts
 }
 
-/// Takes out what is not about the VM, and what is known to differ: the backend between device and block nodes has no name
-/// where those are made by the command line, and people are told the topmost node instead.
+/// Takes out what is not about the VM, and what is known to differ: the backend between device and
+/// block nodes has no name where those are made by the command line, and people are told the
+/// topmost node instead.
 fn tidy(value: &mut Value) {
     match value {
         Value::Object(object) => {
@@ -162,7 +164,8 @@ fn add_disk(bench: &mut Bench, name: &str, read_only: bool, options: &[(&str, &s
     path
 }
 
-/// Gives a bench everything that a VM can have. Answers the images, and their first bytes where they are filled anew.
+/// Gives a bench everything that a VM can have. Answers the images, and their first bytes where
+/// they are filled anew.
 fn furnish(bench: &mut Bench) -> Vec<(PathBuf, &'static [u8])> {
     let config = &mut bench.config;
     let cpu = config.cpu.as_mut().unwrap();
@@ -210,12 +213,12 @@ async fn begin_spare(bench: &Bench) {
     bench.backend.start_spare(request).await.unwrap();
 }
 
-fn assert_equal(ordinary: &Facts, told: &Facts) {
-    let questions: BTreeSet<&String> = ordinary.keys().chain(told.keys()).collect();
+fn assert_equal(ordinary: &Facts, reported: &Facts) {
+    let questions: BTreeSet<&String> = ordinary.keys().chain(reported.keys()).collect();
     let differing: Vec<_> = questions
         .into_iter()
-        .map(|question| (question, ordinary.get(question), told.get(question)))
-        .filter(|(_, ordinary, told)| ordinary != told)
+        .map(|question| (question, ordinary.get(question), reported.get(question)))
+        .filter(|(_, ordinary, reported)| ordinary != reported)
         .collect();
     assert!(differing.is_empty(), "question, as ever, as told: {differing:#?}");
 }
@@ -243,12 +246,12 @@ async fn a_vm_on_a_spare_vmm_equals_a_vm_on_a_new_process() {
         let (_, ordinary) = shown(&bench, fill_all).await;
         begin_spare(&bench).await;
         let waiting = vmm_host::process::find_by_argument(bench.dir()).unwrap();
-        let (pid, told) = shown(&bench, fill_all).await;
+        let (pid, reported) = shown(&bench, fill_all).await;
         assert_eq!(waiting.iter().map(|found| found.identity.pid).collect::<Vec<_>>(), [pid]);
-        assert_equal(&ordinary, &told);
-        let nodes = told["query-named-block-nodes"].to_string();
+        assert_equal(&ordinary, &reported);
+        let nodes = reported["query-named-block-nodes"].to_string();
         assert!(!nodes.contains("qcow2"), "a raw disk that begins like another is not probed: {nodes}");
-        assert!(told.len() > 200, "only {} facts were compared", told.len());
+        assert!(reported.len() > 200, "only {} facts were compared", reported.len());
     }
 }
 
@@ -276,11 +279,11 @@ async fn a_qcow2_disk_is_equal_on_a_spare_vmm() {
         };
         let (_, ordinary) = shown(&bench, make_images).await;
         begin_spare(&bench).await;
-        let (_, told) = shown(&bench, make_images).await;
-        assert_equal(&ordinary, &told);
+        let (_, reported) = shown(&bench, make_images).await;
+        assert_equal(&ordinary, &reported);
         let opened = |image: &PathBuf| {
             let name = Value::from(image.to_str().unwrap());
-            let nodes = told["query-named-block-nodes"].as_array().unwrap();
+            let nodes = reported["query-named-block-nodes"].as_array().unwrap();
             nodes.iter().filter(|node| node["file"] == name).count()
         };
         // A node for the image and one for its content.

@@ -96,9 +96,9 @@ mod tests {
         {
             let way = Some(open_notify_socket(&name).unwrap());
             ServiceManager { way, watchdog_interval: None }.ready();
-            let mut told = [0; 100];
-            let length = socket.recv(&mut told).unwrap();
-            assert_eq!(&told[..length], b"READY=1\nSTATUS=serving");
+            let mut received = [0; 100];
+            let length = socket.recv(&mut received).unwrap();
+            assert_eq!(&received[..length], b"READY=1\nSTATUS=serving");
         }
         // Nobody listens at this name, which is not an error.
         let way = Some(open_notify_socket(OsStr::new("/nonexistent/notify")).unwrap());

@@ -146,7 +146,7 @@ pub trait Vmm: Send + Sync + 'static {
     /// Starts the guest again. A guest that is asked first is shut down and launched again
     /// ([`ResetOutcome::NeedsRelaunch`]), unless the hypervisor has a way of its own.
     async fn reboot(&self, ladder: LadderOptions) -> Result<ResetOutcome, BackendError> {
-        match ladder.ask_guest_for {
+        match ladder.guest_timeout {
             None => self.reset().await,
             Some(_) => Ok(ResetOutcome::NeedsRelaunch),
         }
@@ -271,7 +271,7 @@ pub enum Adoption {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LadderOptions {
     /// The guest's time to obey; `None` begins at the last rung without asking the guest.
-    pub ask_guest_for: Option<Duration>,
+    pub guest_timeout: Option<Duration>,
 }
 
 /// The way in which a reset was done, or is left to the caller.

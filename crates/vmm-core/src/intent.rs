@@ -53,8 +53,8 @@ pub enum IntentKind {
     /// The run is being ended.
     Shutdown {
         /// The time that the guest has to obey; `None` means that the guest is not asked.
-        #[serde(default = "default_patience", rename = "patience_ms", with = "millis")]
-        ask_guest_for: Option<Duration>,
+        #[serde(default = "default_guest_timeout", rename = "patience_ms", with = "millis")]
+        guest_timeout: Option<Duration>,
         /// True if the shutdown was answered with a failure, although its VMM may still end because
         /// of it. If the run ends, that end is the outcome of this shutdown. A VMM that answers
         /// again has survived the shutdown.
@@ -64,8 +64,8 @@ pub enum IntentKind {
     /// The run is being ended, and another one started.
     Reboot {
         /// The time that the guest has to obey; `None` means that the guest is not asked.
-        #[serde(default = "default_patience", rename = "patience_ms", with = "millis")]
-        ask_guest_for: Option<Duration>,
+        #[serde(default = "default_guest_timeout", rename = "patience_ms", with = "millis")]
+        guest_timeout: Option<Duration>,
         /// The claims of the second half on the host, held from before the first half on.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         claims: Vec<HostClaim>,
@@ -94,7 +94,7 @@ pub enum RecoveryAction {
     /// the outcome.
     Shutdown {
         /// The time that the guest has to obey.
-        ask_guest_for: Option<Duration>,
+        guest_timeout: Option<Duration>,
     },
     /// The shutdown was answered with a failure. If the run has ended since, that end is the
     /// outcome. A VMM that lives runs on.
@@ -102,7 +102,7 @@ pub enum RecoveryAction {
     /// The reboot is repeated while its VMM lives. If the VMM has ended, the VM is booted.
     Reboot {
         /// The time that the guest has to obey.
-        ask_guest_for: Option<Duration>,
+        guest_timeout: Option<Duration>,
     },
     /// The deletion is finished as it was asked for.
     Delete {
@@ -133,10 +133,10 @@ impl Intent {
             IntentKind::Pause | IntentKind::Resume => RecoveryAction::AsFound,
             // The client has its answer, so the shutdown is not repeated behind its back.
             IntentKind::Shutdown { answered: true, .. } => RecoveryAction::ShutdownAnswered,
-            IntentKind::Shutdown { ask_guest_for, answered: false } => {
-                RecoveryAction::Shutdown { ask_guest_for }
+            IntentKind::Shutdown { guest_timeout, answered: false } => {
+                RecoveryAction::Shutdown { guest_timeout }
             }
-            IntentKind::Reboot { ask_guest_for, .. } => RecoveryAction::Reboot { ask_guest_for },
+            IntentKind::Reboot { guest_timeout, .. } => RecoveryAction::Reboot { guest_timeout },
             IntentKind::Delete => RecoveryAction::Delete { force: false },
             IntentKind::ForceDelete => RecoveryAction::Delete { force: true },
         }
@@ -187,13 +187,13 @@ impl IntentKind {
 
 // serde's `default` needs a function that returns the field's type, an `Option`.
 #[expect(clippy::unnecessary_wraps, reason = "serde asks for the type of the field")]
-const fn default_patience() -> Option<Duration> {
+const fn default_guest_timeout() -> Option<Duration> {
     Some(DEFAULT_GUEST_TIMEOUT)
 }
 
 /// Serialises a time as milliseconds. 0 stands for a guest that is not asked, as in every release.
 mod millis {
-    use super::{Deserialize, Deserializer, Duration, Serializer, default_patience};
+    use super::{Deserialize, Deserializer, Duration, Serializer, default_guest_timeout};
 
     pub(super) fn serialize<S: Serializer>(
         time: &Option<Duration>,
@@ -207,7 +207,7 @@ mod millis {
         deserializer: D,
     ) -> Result<Option<Duration>, D::Error> {
         Ok(match Option::<u64>::deserialize(deserializer)? {
-            None => default_patience(),
+            None => default_guest_timeout(),
             Some(0) => None,
             Some(millis) => Some(Duration::from_millis(millis)),
         })
@@ -228,14 +228,14 @@ mod tests {
     }
 
     fn every_kind() -> Vec<IntentKind> {
-        let ask_guest_for = Some(Duration::from_millis(1500));
+        let guest_timeout = Some(Duration::from_millis(1500));
         vec![
             IntentKind::Boot { claims: vec![disk()] },
             IntentKind::Pause,
             IntentKind::Resume,
-            IntentKind::Shutdown { ask_guest_for: None, answered: true },
-            IntentKind::Shutdown { ask_guest_for, answered: false },
-            IntentKind::Reboot { ask_guest_for, claims: vec![disk()] },
+            IntentKind::Shutdown { guest_timeout: None, answered: true },
+            IntentKind::Shutdown { guest_timeout, answered: false },
+            IntentKind::Reboot { guest_timeout, claims: vec![disk()] },
             IntentKind::Delete,
             IntentKind::ForceDelete,
         ]
@@ -266,15 +266,15 @@ mod tests {
             (r#"{"request":"pause","actor":"a","since_ms":1}"#, RecoveryAction::AsFound),
             (
                 r#"{"request":"shutdown","actor":"a","since_ms":1}"#,
-                RecoveryAction::Shutdown { ask_guest_for: Some(DEFAULT_GUEST_TIMEOUT) },
+                RecoveryAction::Shutdown { guest_timeout: Some(DEFAULT_GUEST_TIMEOUT) },
             ),
             (
                 r#"{"request":"shutdown","actor":"a","since_ms":1,"patience_ms":0}"#,
-                RecoveryAction::Shutdown { ask_guest_for: None },
+                RecoveryAction::Shutdown { guest_timeout: None },
             ),
             (
                 r#"{"request":"reboot","actor":"a","since_ms":1,"patience_ms":7}"#,
-                RecoveryAction::Reboot { ask_guest_for: Some(Duration::from_millis(7)) },
+                RecoveryAction::Reboot { guest_timeout: Some(Duration::from_millis(7)) },
             ),
             (r#"{"request":"delete","actor":"a","since_ms":1}"#, RecoveryAction::Delete { force: false }),
             (

@@ -163,9 +163,9 @@ mod tests {
         let mut merged = report.clone();
         merged.merge(report);
         assert_eq!(merged.violations.len(), MAX_FINDINGS);
-        let told = merged.into_violations();
-        assert_eq!(told.len(), MAX_FINDINGS + 1);
-        assert!(told[MAX_FINDINGS].message.contains("more violations"), "{}", told[MAX_FINDINGS]);
+        let reported = merged.into_violations();
+        assert_eq!(reported.len(), MAX_FINDINGS + 1);
+        assert!(reported[MAX_FINDINGS].message.contains("more violations"), "{}", reported[MAX_FINDINGS]);
     }
 
     #[test]

@@ -121,8 +121,8 @@ mod tests {
         let use_of = |path: &Path| of(path, &inspect(path, Access::ReadWrite).unwrap());
         let mount_point = mounted.dir.path().join("mnt");
         for path in [Path::new(&mounted.device), &image, &hard] {
-            let told = use_of(path).unwrap_or_else(|| panic!("{} is mounted", path.display()));
-            assert!(told.contains(mount_point.to_str().unwrap()), "{told}");
+            let reported = use_of(path).unwrap_or_else(|| panic!("{} is mounted", path.display()));
+            assert!(reported.contains(mount_point.to_str().unwrap()), "{reported}");
         }
         run(&["umount", mount_point.to_str().unwrap()]).expect("the file system is idle");
         for path in [Path::new(&mounted.device), &image, &hard] {

@@ -36,9 +36,9 @@ pub struct Danger {
     pub remedy: String,
 }
 
-/// Returns the reason for which `dir` may vanish though VMMs run, or `None` if none is seen. `pid` is
-/// the daemon, whose mounts count. systemd does not show RuntimeDirectoryPreserve= to a process, so
-/// a folder that systemd removes when the daemon stops is not seen beforehand. Blocks.
+/// Returns the reason for which `dir` may vanish though VMMs run, or `None` if none is seen. `pid`
+/// is the daemon, whose mounts count. systemd does not show RuntimeDirectoryPreserve= to a process,
+/// so a folder that systemd removes when the daemon stops is not seen beforehand. Blocks.
 pub fn danger(dir: &Path, pid: u32) -> Option<Danger> {
     let mounts = fs::read(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
     let lingers =
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_folder_that_may_vanish_causes_a_warning_with_a_remedy() {
-        let told = |dir: &str, mounts: &[u8], systemd| {
+        let reported = |dir: &str, mounts: &[u8], systemd| {
             danger_in(Path::new(dir), mounts, systemd, |user| user == 7).map(|danger| danger.remedy)
         };
         for (dir, mounts, systemd, remedy) in [
@@ -129,8 +129,8 @@ mod tests {
             ("/run/user/1000", b"", false, "enable-linger 1000"),
             ("/tmp/own/run", MOUNTS, true, "tmpfiles.d"),
         ] {
-            let told = told(dir, mounts, systemd).unwrap_or_else(|| panic!("{dir} is no danger"));
-            assert!(told.contains(remedy), "{dir}: {told}");
+            let reported = reported(dir, mounts, systemd).unwrap_or_else(|| panic!("{dir} is no danger"));
+            assert!(reported.contains(remedy), "{dir}: {reported}");
         }
         for (dir, mounts, systemd) in [
             ("/run/vmm-controlplane", MOUNTS, true),
@@ -140,7 +140,7 @@ mod tests {
             ("/run/user/7/vmm", b"", true),
             ("/run/users/1000", b"", true),
         ] {
-            assert_eq!(told(dir, mounts, systemd), None, "{dir}");
+            assert_eq!(reported(dir, mounts, systemd), None, "{dir}");
         }
     }
 
@@ -150,12 +150,15 @@ mod tests {
         let folder = dir.path().join("run");
         let socket = folder.join("api.sock");
         fs::create_dir(&folder).unwrap();
-        let told = lost_socket(&socket).unwrap();
-        assert!(told.contains(socket.to_str().unwrap()) && told.contains("os error 2"), "{told}");
+        let reported = lost_socket(&socket).unwrap();
+        assert!(reported.contains(socket.to_str().unwrap()) && reported.contains("os error 2"), "{reported}");
         fs::write(&socket, "").unwrap();
         assert_eq!(lost_socket(&socket), None);
         fs::remove_dir_all(&folder).unwrap();
-        let told = lost_socket(&socket).unwrap();
-        assert!(told.starts_with("its folder of sockets") && told.contains("os error 2"), "{told}");
+        let reported = lost_socket(&socket).unwrap();
+        assert!(
+            reported.starts_with("its folder of sockets") && reported.contains("os error 2"),
+            "{reported}"
+        );
     }
 }

@@ -119,9 +119,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let watch = DirWatch::new(dir.path()).unwrap();
         let path = dir.path().join("s");
-        let (told, _listener) =
+        let (reported, _listener) =
             tokio::join!(watch.changed(), async { tokio::net::UnixListener::bind(&path).unwrap() });
-        told.unwrap();
+        reported.unwrap();
     }
 
     #[tokio::test]
@@ -138,9 +138,9 @@ mod tests {
             assert!(watch.changed().now_or_never().is_none(), "none of these is the socket");
             tokio::task::yield_now().await;
         }
-        let (told, _listener) =
+        let (reported, _listener) =
             tokio::join!(watch.changed(), async { tokio::net::UnixListener::bind(&path).unwrap() });
-        told.unwrap();
+        reported.unwrap();
     }
 
     #[tokio::test]

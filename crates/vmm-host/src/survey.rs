@@ -229,8 +229,8 @@ mod tests {
         assert_eq!(marked.folders[0].mark, Some(mark.clone()));
         assert_eq!(before.lasting(marked.clone()).folders[0].mark, Some(mark.clone()));
         mark.take_off(&folder).unwrap();
-        let told = survey(dir.path()).unwrap();
-        assert_eq!(told.folders[0].mark, None);
-        assert_eq!(marked.lasting(told).folders[0].mark, Some(mark));
+        let reported = survey(dir.path()).unwrap();
+        assert_eq!(reported.folders[0].mark, None);
+        assert_eq!(marked.lasting(reported).folders[0].mark, Some(mark));
     }
 }

@@ -144,10 +144,10 @@ fn resumption(token: &str) {
     let query = WatchQuery { resume_token: token.to_owned(), ..WatchQuery::default() };
     match now(Watch::start(Arc::clone(&EVENTS), Arc::default(), query)) {
         Ok(mut watch) => {
-            let told = std::iter::from_fn(|| watch.next().now_or_never());
-            let changes: Vec<_> = told
+            let received = std::iter::from_fn(|| watch.next().now_or_never());
+            let changes: Vec<_> = received
                 .take(16)
-                .filter_map(|told| match told {
+                .filter_map(|received| match received {
                     Ok(WatchMessage::Change(change)) => Some(change.event.seq.0),
                     Ok(WatchMessage::Synced { .. } | WatchMessage::Present(_)) => None,
                     Err(error) => unreachable!("a token that was taken holds: {error}"),

@@ -37,7 +37,7 @@ pub(crate) struct OperationRequest {
     pub(crate) request: VmOperation,
     /// The time that the guest has to obey a shutdown or reboot. `None` means that the guest is not
     /// asked.
-    pub(crate) ask_guest_for: Option<Duration>,
+    pub(crate) guest_timeout: Option<Duration>,
     /// The caller.
     pub(crate) caller: Caller,
 }
@@ -47,7 +47,7 @@ impl OperationRequest {
     pub(crate) fn has_force(&self) -> bool {
         match self.request {
             VmOperation::ForceDelete => true,
-            VmOperation::Shutdown | VmOperation::Reboot => self.ask_guest_for.is_none(),
+            VmOperation::Shutdown | VmOperation::Reboot => self.guest_timeout.is_none(),
             VmOperation::Boot | VmOperation::Pause | VmOperation::Resume | VmOperation::Delete => false,
         }
     }
@@ -245,7 +245,7 @@ mod tests {
     use crate::operation_count::OperationCounter;
 
     fn operation(request: VmOperation) -> OperationRequest {
-        OperationRequest { request, ask_guest_for: None, caller: Caller::system() }
+        OperationRequest { request, guest_timeout: None, caller: Caller::system() }
     }
 
     #[tokio::test]

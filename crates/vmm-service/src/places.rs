@@ -346,7 +346,7 @@ async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };
     let operation =
-        OperationRequest { request: VmOperation::Delete, ask_guest_for: None, caller: Caller::system() };
+        OperationRequest { request: VmOperation::Delete, guest_timeout: None, caller: Caller::system() };
     let (actor, asked) = (operation.caller.clone(), Instant::now());
     let ending = Ending {
         operation: VmOperation::Delete.method(),

@@ -67,7 +67,7 @@ pub struct ShutdownOptions {
 
 impl ShutdownOptions {
     /// Returns the time for which the guest is asked, or `None` if it is not asked.
-    fn ask_guest_for(self) -> Result<Option<Duration>, ServiceError> {
+    fn guest_timeout(self) -> Result<Option<Duration>, ServiceError> {
         let seconds = match self.timeout_seconds {
             0 => DEFAULT_SHUTDOWN,
             seconds @ 1..=MAX_SHUTDOWN_SECONDS => Duration::from_secs(u64::from(seconds.unsigned_abs())),
@@ -235,11 +235,11 @@ impl VmService {
         options: ShutdownOptions,
         caller: Caller,
     ) -> Result<OperationOutcome, ServiceError> {
-        let ask_guest_for = options.ask_guest_for()?;
+        let guest_timeout = options.guest_timeout()?;
         if options.force {
             return self.force(vm_id, VmOperation::Shutdown, caller).await;
         }
-        self.ask(vm_id, VmOperation::Shutdown, ask_guest_for, caller).await
+        self.ask(vm_id, VmOperation::Shutdown, guest_timeout, caller).await
     }
 
     /// Stops a VM's CPUs.
@@ -272,8 +272,8 @@ impl VmService {
         options: ShutdownOptions,
         caller: Caller,
     ) -> Result<OperationOutcome, ServiceError> {
-        let ask_guest_for = options.ask_guest_for()?;
-        self.ask(vm_id, VmOperation::Reboot, ask_guest_for, caller).await
+        let guest_timeout = options.guest_timeout()?;
+        self.ask(vm_id, VmOperation::Reboot, guest_timeout, caller).await
     }
 
     /// Removes a VM and everything that the program made for it.
@@ -385,10 +385,10 @@ impl VmService {
         &self,
         vm_id: &str,
         request: VmOperation,
-        ask_guest_for: Option<Duration>,
+        guest_timeout: Option<Duration>,
         caller: Caller,
     ) -> Result<OperationOutcome, ServiceError> {
-        let message = OperationRequest { request, ask_guest_for, caller };
+        let message = OperationRequest { request, guest_timeout, caller };
         let handle = self.handle(vm_id)?;
         let answer = handle.ask(message, self.shared.under_way.begin()).await;
         self.answer(vm_id, handle.uid, answer)
@@ -400,7 +400,7 @@ impl VmService {
         request: VmOperation,
         caller: Caller,
     ) -> Result<OperationOutcome, ServiceError> {
-        let message = OperationRequest { request, ask_guest_for: None, caller };
+        let message = OperationRequest { request, guest_timeout: None, caller };
         let handle = self.handle(vm_id)?;
         let answer = handle.force(message, self.shared.under_way.begin()).await;
         self.answer(vm_id, handle.uid, answer)

@@ -29,7 +29,7 @@ pub(crate) async fn wait(
         WaitAnswer::Begun(uid, waiter) => (uid, waiter),
     };
     match tokio::time::timeout(timeout, waiter.wait_for(Option::is_some)).await {
-        Ok(Ok(told)) => return told.clone().ok_or_else(unknown),
+        Ok(Ok(found)) => return found.clone().ok_or_else(unknown),
         Ok(Err(_)) => return Err(unknown()),
         Err(_) => {}
     }

@@ -247,7 +247,7 @@ impl ReplacedDatabase {
     }
 }
 
-/// Returns whether the database exists.
+/// Returns true if the database exists.
 ///
 /// # Errors
 ///

@@ -297,7 +297,7 @@ impl Writer {
         outcomes.into_iter().map(|o| Err(failure(o.map_or(Effect::NotApplied, |_| effect)))).collect()
     }
 
-    /// Returns whether the transaction that `proof` belongs to was applied, and makes the answer
+    /// Returns true if the transaction that `proof` belongs to was applied, and makes the answer
     /// final.
     fn determine_outcome(&mut self, proof: Option<&CommitProof>) -> rusqlite::Result<bool> {
         let transaction = self.conn.transaction_with_behavior(TransactionBehavior::Immediate)?;

@@ -279,7 +279,8 @@ impl ByHandVmm {
         request(&self.socket, method, path, body)
     }
 
-    /// Returns whether the VMM runs a guest, paused or not. `None` if the VMM does not answer.
+    /// Returns `Some(true)` if the VMM runs a guest, paused or not. `None` if the VMM does not
+    /// answer.
     #[must_use]
     pub fn runs_a_guest(&self) -> Option<bool> {
         if self.kind == ByHandProgram::Qemu {
@@ -300,8 +301,8 @@ impl ByHandVmm {
         match self.request("GET", page, &Value::Null) {
             (0, _) => None,
             (200, answer) => {
-                let told = serde_json::from_str::<Value>(&answer).unwrap_or_default();
-                Some(told["state"].as_str().unwrap_or_default().to_owned())
+                let reported = serde_json::from_str::<Value>(&answer).unwrap_or_default();
+                Some(reported["state"].as_str().unwrap_or_default().to_owned())
             }
             _ => Some(String::new()),
         }

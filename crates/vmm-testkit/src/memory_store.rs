@@ -67,7 +67,7 @@ impl MemoryStore {
         self.lock().always = Some(verdict);
     }
 
-    /// Treats every commit by the rules again.
+    /// Ends the scripted failures, so that later commits succeed or fail by the rules alone.
     pub fn behave(&self) {
         let mut inner = self.lock();
         inner.next.clear();

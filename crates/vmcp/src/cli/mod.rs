@@ -4,7 +4,7 @@
 mod create;
 mod hints;
 mod lifecycle;
-mod look;
+mod queries;
 mod values;
 
 use clap::builder::styling::Styles;
@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand};
 pub(crate) use create::{Config, Create, Flags, Validate};
 pub(crate) use hints::hint;
 pub(crate) use lifecycle::{Delete, Names, Reboot, Shutdown};
-pub(crate) use look::{Api, Backends, Events, Get, List, Man, Wait, Watch};
+pub(crate) use queries::{Api, Backends, Events, Get, List, Man, Wait, Watch};
 pub(crate) use values::Pair;
 
 use crate::output::Format;

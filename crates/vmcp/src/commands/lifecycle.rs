@@ -82,16 +82,16 @@ pub(super) async fn delete(session: &mut Session, arguments: &Delete) -> Result<
     each(session, &arguments.names, call, |vm_id, _| format!("{}: deleted", escape::line(vm_id))).await
 }
 
-/// Carries out `call` for each VM, and prints the answers with `people`.
+/// Carries out `call` for each VM, and prints the answers as `line_of` shows them to people.
 async fn each<M: Serialize>(
     session: &mut Session,
     names: &Names,
     call: impl AsyncFn(&Client, &str) -> Result<M, ConnectError>,
-    people: impl Fn(&str, &M) -> String,
+    line_of: impl Fn(&str, &M) -> String,
 ) -> Result<(), Failure> {
     let mut first_failure = None;
     for name in &names.names {
-        match one(session, name, &call, &people).await {
+        match one(session, name, &call, &line_of).await {
             Ok(()) => {}
             // The last words of a single VM are printed by the caller.
             Err(failure) if names.names.len() == 1 => return Err(failure),
@@ -113,18 +113,18 @@ async fn one<M: Serialize>(
     session: &mut Session,
     name: &str,
     call: &impl AsyncFn(&Client, &str) -> Result<M, ConnectError>,
-    people: &impl Fn(&str, &M) -> String,
+    line_of: &impl Fn(&str, &M) -> String,
 ) -> Result<(), Failure> {
     let vm_id = names::resolve(&session.client, name).await?;
     let progress = Progress::of_vm(&session.client, &vm_id);
     let outcome = progress.during(call(&session.client, &vm_id)).await;
     drop(progress);
-    let answer = outcome.inspect_err(|_| told_of_interrupt(&vm_id))??;
-    session.output.answer(&answer, &[&vm_id], |_| people(&vm_id, &answer))
+    let answer = outcome.inspect_err(|_| print_interrupt(&vm_id))??;
+    session.output.answer(&answer, &[&vm_id], |_| line_of(&vm_id, &answer))
 }
 
 /// Says that Ctrl-C ended this program alone: the daemon carries out what it has admitted.
-fn told_of_interrupt(vm_id: &str) {
+fn print_interrupt(vm_id: &str) {
     let vm_id = escape::line(vm_id);
     remark(&format!("vmcp: the daemon goes on with the operation; `vmcp get {vm_id}` shows how it ends"));
 }

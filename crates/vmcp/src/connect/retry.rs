@@ -12,7 +12,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause, because a person waits for the server to come back.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Returns whether the server may answer the same call at another time.
+/// Returns true if the server may answer the same call at another time.
 ///
 /// The codes that are left out are answers about the call itself. A stream that was cut is
 /// `internal` in this client, so that code is tried again, too.
@@ -62,12 +62,12 @@ mod tests {
     fn retry_delays_grow_to_a_limit_and_a_lost_connection_is_reported_once() {
         let error = ConnectError::unavailable("x");
         let mut retry = Retry::default();
-        let told: Vec<_> = (0..20).map(|_| retry.lost("http://a", &error)).collect();
-        let pauses: Vec<_> = told.iter().map(|(pause, _)| *pause).collect();
+        let reported: Vec<_> = (0..20).map(|_| retry.lost("http://a", &error)).collect();
+        let pauses: Vec<_> = reported.iter().map(|(pause, _)| *pause).collect();
         assert_eq!(pauses[..3], [250, 500, 1000].map(Duration::from_millis));
         assert_eq!(pauses[19], LONGEST_PAUSE);
-        assert_eq!(told[0].1.as_deref(), Some("vmcp: lost http://a (x); connecting again"));
-        assert!(told[1..].iter().all(|(_, remark)| remark.is_none()));
+        assert_eq!(reported[0].1.as_deref(), Some("vmcp: lost http://a (x); connecting again"));
+        assert!(reported[1..].iter().all(|(_, remark)| remark.is_none()));
         assert_eq!(retry.found("http://a").as_deref(), Some("vmcp: connected to http://a again"));
         assert_eq!(retry.found("http://a"), None);
         assert_eq!(retry.lost("http://a", &error).0, FIRST_PAUSE);

@@ -50,7 +50,7 @@ fn escaped(text: &str, allowed: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
-/// Returns whether a terminal may obey a character instead of showing it.
+/// Returns true if a terminal may obey a character instead of showing it.
 fn is_unsafe(letter: char) -> bool {
     letter.is_control()
         || matches!(

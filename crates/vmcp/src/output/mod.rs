@@ -37,7 +37,7 @@ pub(crate) enum Format {
 }
 
 impl Format {
-    /// Returns whether the output is the API's message itself.
+    /// Returns true if the output is the API's message itself.
     pub(crate) fn is_message(self) -> bool {
         matches!(self, Self::Json | Self::Yaml)
     }
@@ -129,7 +129,7 @@ pub(crate) fn remark(text: &str) {
     let _gone = writeln!(io::stderr(), "{text}");
 }
 
-/// Returns whether both outputs are terminals, so that a spinner disturbs nobody.
+/// Returns true if both outputs are terminals, so that a spinner disturbs nobody.
 pub(crate) fn is_interactive() -> bool {
     io::stdout().is_terminal() && io::stderr().is_terminal()
 }

@@ -14,7 +14,7 @@
 mod completion;
 mod create;
 mod lifecycle;
-mod look;
+mod queries;
 mod raw;
 mod server;
 mod terminal;
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         completion::trials,
         create::trials,
         lifecycle::trials,
-        look::trials,
+        queries::trials,
         raw::trials,
         server::trials,
         terminal::trials,

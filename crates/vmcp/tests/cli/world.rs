@@ -301,7 +301,7 @@ fn lines(output: impl std::io::Read + Send + 'static) -> Receiver<String> {
     lines
 }
 
-/// Returns whether QEMU is there; where not, the test says that it is skipped.
+/// Returns true if QEMU is there; where not, the test says that it is skipped.
 pub(crate) fn has_qemu(test: &str) -> bool {
     let is_there = on_path("qemu-system-x86_64");
     if !is_there {

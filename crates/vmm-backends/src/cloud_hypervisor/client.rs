@@ -161,7 +161,7 @@ impl CloudHypervisorClient {
     /// or `None` without a VM.
     pub(crate) async fn describe(&self) -> Result<Option<(GuestState, serde_json::Value)>, BackendError> {
         match self.0.get::<VmDescription>("/api/v1/vm.info").await {
-            Ok(told) => Ok(Some((told.state.guest(), told.config))),
+            Ok(reported) => Ok(Some((reported.state.guest(), reported.config))),
             Err(error) if is_no_vm(&error) => Ok(None),
             Err(error) => Err(error),
         }
@@ -204,6 +204,6 @@ fn is_no_vm(error: &BackendError) -> bool {
 fn explain(body: &[u8]) -> Option<String> {
     let chain: Vec<String> = serde_json::from_slice(body).ok()?;
     // The first sentence is always "Error from API", so it is left out.
-    let told = if chain.len() > 1 { &chain[1..] } else { &chain[..] };
-    (!told.is_empty()).then(|| told.join(": "))
+    let reported = if chain.len() > 1 { &chain[1..] } else { &chain[..] };
+    (!reported.is_empty()).then(|| reported.join(": "))
 }

@@ -39,17 +39,18 @@ pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
     (config, unrepresented)
 }
 
-fn cpus(told: &Value, unrepresented: &mut Vec<String>) -> CpuConfig {
-    let vcpu_count = count(told, "boot_vcpus");
-    let max = count(told, "max_vcpus");
-    let topology = told.get("topology").filter(|topology| !topology.is_null()).map(|topology| CpuTopology {
-        sockets: count(topology, "packages").saturating_mul(count(topology, "dies_per_package").max(1)),
-        cores_per_socket: count(topology, "cores_per_die"),
-        threads_per_core: count(topology, "threads_per_core"),
-    });
+fn cpus(reported: &Value, unrepresented: &mut Vec<String>) -> CpuConfig {
+    let vcpu_count = count(reported, "boot_vcpus");
+    let max = count(reported, "max_vcpus");
+    let topology =
+        reported.get("topology").filter(|topology| !topology.is_null()).map(|topology| CpuTopology {
+            sockets: count(topology, "packages").saturating_mul(count(topology, "dies_per_package").max(1)),
+            cores_per_socket: count(topology, "cores_per_die"),
+            threads_per_core: count(topology, "threads_per_core"),
+        });
     let known = ["boot_vcpus", "max_vcpus", "topology", "max_phys_bits", "nested", "core_scheduling"];
     let defaults = [("profile", json!("Host"))];
-    list_unrepresented(told, &known, &defaults, unrepresented, "cpus");
+    list_unrepresented(reported, &known, &defaults, unrepresented, "cpus");
     CpuConfig {
         vcpu_count,
         max_vcpu_count: if max == vcpu_count { 0 } else { max },
@@ -58,19 +59,19 @@ fn cpus(told: &Value, unrepresented: &mut Vec<String>) -> CpuConfig {
     }
 }
 
-fn memory(told: &Value, unrepresented: &mut Vec<String>) -> MemoryConfig {
-    let zones: i64 = list(told, "zones").map(|zone| number(zone, "size")).fold(0, i64::saturating_add);
-    let size_bytes = number(told, "size").saturating_add(zones);
-    let room = number(told, "hotplug_size");
+fn memory(reported: &Value, unrepresented: &mut Vec<String>) -> MemoryConfig {
+    let zones: i64 = list(reported, "zones").map(|zone| number(zone, "size")).fold(0, i64::saturating_add);
+    let size_bytes = number(reported, "size").saturating_add(zones);
+    let room = number(reported, "hotplug_size");
     let mut backing = Options::new();
     for key in ["shared", "hugepages"] {
-        if flag(told, key) {
+        if flag(reported, key) {
             backing.insert(key.to_owned(), "true".to_owned());
         }
     }
     let known = ["size", "hotplug_size", "shared", "hugepages"];
     let defaults = [("hotplug_method", json!("Acpi")), ("thp", json!(true))];
-    list_unrepresented(told, &known, &defaults, unrepresented, "memory");
+    list_unrepresented(reported, &known, &defaults, unrepresented, "memory");
     MemoryConfig {
         size_bytes,
         hotplug_enabled: room > 0,
@@ -79,25 +80,25 @@ fn memory(told: &Value, unrepresented: &mut Vec<String>) -> MemoryConfig {
     }
 }
 
-fn boot(told: &Value, unrepresented: &mut Vec<String>) -> BootConfig {
-    list_unrepresented(told, &["kernel", "initramfs", "cmdline"], &[], unrepresented, "payload");
+fn boot(reported: &Value, unrepresented: &mut Vec<String>) -> BootConfig {
+    list_unrepresented(reported, &["kernel", "initramfs", "cmdline"], &[], unrepresented, "payload");
     BootConfig {
-        kernel_path: text(told, "kernel"),
-        initrd_path: text(told, "initramfs"),
-        kernel_args: text(told, "cmdline"),
+        kernel_path: text(reported, "kernel"),
+        initrd_path: text(reported, "initramfs"),
+        kernel_args: text(reported, "cmdline"),
         boot_options: Options::new(),
     }
 }
 
 /// Returns the first of `fields` that is a legal name, or a name from the device's position.
-fn device_id(told: &Value, fields: &[&str], kind: &str, at: usize) -> String {
-    let ids = fields.iter().map(|field| text(told, field));
+fn device_id(reported: &Value, fields: &[&str], kind: &str, at: usize) -> String {
+    let ids = fields.iter().map(|field| text(reported, field));
     ids.into_iter().find(|id| is_name(id)).unwrap_or_else(|| format!("{kind}{at}"))
 }
 
-fn storage(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> StorageDevice {
+fn storage(at: usize, reported: &Value, unrepresented: &mut Vec<String>) -> StorageDevice {
     let mut options = Options::new();
-    match text(told, "image_type").as_str() {
+    match text(reported, "image_type").as_str() {
         "Qcow2" => {
             options.insert("format".to_owned(), "qcow2".to_owned());
         }
@@ -105,7 +106,7 @@ fn storage(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> StorageD
         other => unrepresented.push(format!("a disk in the format {other}")),
     }
     for (key, field) in [("direct_io", "direct"), ("backing_files", "backing_files")] {
-        if flag(told, field) {
+        if flag(reported, field) {
             options.insert(key.to_owned(), "true".to_owned());
         }
     }
@@ -116,18 +117,18 @@ fn storage(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> StorageD
         ("sparse", json!(true)),
         ("lock_granularity", json!("ByteRange")),
     ];
-    list_unrepresented(told, &known, &defaults, unrepresented, "disk");
+    list_unrepresented(reported, &known, &defaults, unrepresented, "disk");
     StorageDevice {
-        id: device_id(told, &["serial", "id"], "disk", at),
-        path: text(told, "path"),
-        read_only: flag(told, "readonly"),
+        id: device_id(reported, &["serial", "id"], "disk", at),
+        path: text(reported, "path"),
+        read_only: flag(reported, "readonly"),
         is_root_device: false,
         interface_type: String::new(),
         options,
     }
 }
 
-fn interface(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> NetworkInterface {
+fn interface(at: usize, reported: &Value, unrepresented: &mut Vec<String>) -> NetworkInterface {
     let known = ["id", "tap", "mac", "pci_segment", "host_mac"];
     let defaults = [
         ("ip", json!("192.168.249.1")),
@@ -139,25 +140,25 @@ fn interface(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> Networ
         ("offload_ufo", json!(true)),
         ("offload_csum", json!(true)),
     ];
-    list_unrepresented(told, &known, &defaults, unrepresented, "net");
-    if text(told, "tap").is_empty() && !flag(told, "vhost_user") {
+    list_unrepresented(reported, &known, &defaults, unrepresented, "net");
+    if text(reported, "tap").is_empty() && !flag(reported, "vhost_user") {
         // The VMM creates a TAP itself when it boots the VM, and does not report its name.
         unrepresented.push("net with a TAP that the VMM makes".to_owned());
     }
     NetworkInterface {
-        id: device_id(told, &["id"], "net", at),
-        mac_address: text(told, "mac"),
-        tap_device: text(told, "tap"),
+        id: device_id(reported, &["id"], "net", at),
+        mac_address: text(reported, "mac"),
+        tap_device: text(reported, "tap"),
         interface_type: String::new(),
         options: Options::new(),
     }
 }
 
-fn console(told: &Value) -> ConsoleConfig {
-    let enabled = !matches!(text(told, "mode").as_str(), "" | "Off" | "Null");
+fn console(reported: &Value) -> ConsoleConfig {
+    let enabled = !matches!(text(reported, "mode").as_str(), "" | "Off" | "Null");
     ConsoleConfig {
         enabled,
-        output: if enabled { text(told, "file") } else { String::new() },
+        output: if enabled { text(reported, "file") } else { String::new() },
         ..ConsoleConfig::default()
     }
 }
@@ -187,9 +188,9 @@ pub(super) mod unit_tests {
     fn a_converted_specification_is_described_unchanged() {
         let spec = large();
         let native = serde_json::to_value(CloudHypervisorConfig::of(&spec, &["tap0".to_owned()])).unwrap();
-        let (told, unrepresented) = configuration(&native);
+        let (reported, unrepresented) = configuration(&native);
         assert_eq!(unrepresented, [""; 0]);
-        let back = VmSpec::parse(&told).unwrap();
+        let back = VmSpec::parse(&reported).unwrap();
         assert_eq!((&back.cpu, &back.memory, &back.boot), (&spec.cpu, &spec.memory, &spec.boot));
         assert_eq!(
             (&back.disks, back.nics[0].mac, &back.nics[0].tap),
@@ -209,8 +210,8 @@ pub(super) mod unit_tests {
             "vsock": {"cid": 3, "socket": "/v"},
             "watchdog": true,
         });
-        let (told, unrepresented) = configuration(&native);
-        assert_eq!(told.memory.unwrap().size_bytes, 128 << 20);
+        let (reported, unrepresented) = configuration(&native);
+        assert_eq!(reported.memory.unwrap().size_bytes, 128 << 20);
         for named in [
             "cpus kvm_hyperv",
             "memory zones",
@@ -231,8 +232,8 @@ pub(super) mod unit_tests {
         for odd in
             [json!(null), json!([]), json!({"disks": 5, "cpus": [], "memory": {"size": -1}}), json!("x")]
         {
-            let (told, _) = configuration(&odd);
-            let _ = VmSpec::imported(&told);
+            let (reported, _) = configuration(&odd);
+            let _ = VmSpec::imported(&reported);
         }
     }
 }

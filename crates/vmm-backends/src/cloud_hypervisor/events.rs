@@ -269,9 +269,9 @@ mod tests {
         for (word, expected) in
             [("panic", CloudHypervisorEvent::Panicked), ("crash_loaded", CloudHypervisorEvent::Other)]
         {
-            let told =
+            let reported =
                 event("guest", "panic").replace("null", &format!("{{\n    \"event\": \"{word}\"\n  }}"));
-            assert_eq!(kinds(told.as_bytes(), 100).0, [expected], "{told}");
+            assert_eq!(kinds(reported.as_bytes(), 100).0, [expected], "{reported}");
         }
         assert_eq!(kinds(event("guest", "panic").as_bytes(), 100).0, [CloudHypervisorEvent::Other]);
     }

@@ -51,8 +51,8 @@ async fn ask(client: &CloudHypervisorClient, call: usize) -> Result<(), BackendE
         2 => client.counters().await.map(|counters| {
             let _ = (counters.storage(), counters.network());
         }),
-        3 => client.describe().await.map(|told| {
-            let Some((_, native)) = told else { return };
+        3 => client.describe().await.map(|received| {
+            let Some((_, native)) = received else { return };
             let (config, unrepresented) = configuration(&native);
             check_description(&config, &unrepresented);
         }),

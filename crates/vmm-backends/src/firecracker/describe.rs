@@ -42,54 +42,54 @@ pub(crate) fn configuration(native: &Value) -> (VmConfig, Vec<String>) {
     (config, unrepresented)
 }
 
-fn machine(told: &Value, unrepresented: &mut Vec<String>) -> (CpuConfig, MemoryConfig) {
-    let vcpu_count = count(told, "vcpu_count");
-    let pairs = flag(told, "smt") && vcpu_count > 1;
+fn machine(reported: &Value, unrepresented: &mut Vec<String>) -> (CpuConfig, MemoryConfig) {
+    let vcpu_count = count(reported, "vcpu_count");
+    let pairs = flag(reported, "smt") && vcpu_count > 1;
     let topology =
         pairs.then_some(CpuTopology { sockets: 1, cores_per_socket: vcpu_count / 2, threads_per_core: 2 });
     let mut backing = Options::new();
-    if text(told, "huge_pages") == "2M" {
+    if text(reported, "huge_pages") == "2M" {
         backing.insert("hugepages".to_owned(), "true".to_owned());
     }
     let known = ["vcpu_count", "mem_size_mib", "smt", "huge_pages"];
-    list_unrepresented(told, &known, &[("cpu_template", json!("None"))], unrepresented, "machine");
+    list_unrepresented(reported, &known, &[("cpu_template", json!("None"))], unrepresented, "machine");
     let cpu = CpuConfig { vcpu_count, topology, ..CpuConfig::default() };
-    let size_bytes = number(told, "mem_size_mib").saturating_mul(i64::try_from(MIB).unwrap_or(i64::MAX));
+    let size_bytes = number(reported, "mem_size_mib").saturating_mul(i64::try_from(MIB).unwrap_or(i64::MAX));
     (cpu, MemoryConfig { size_bytes, backing, ..MemoryConfig::default() })
 }
 
-fn storage(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> StorageDevice {
+fn storage(at: usize, reported: &Value, unrepresented: &mut Vec<String>) -> StorageDevice {
     let mut options = Options::new();
-    if text(told, "cache_type") == "Unsafe" {
+    if text(reported, "cache_type") == "Unsafe" {
         options.insert("cache".to_owned(), "unsafe".to_owned());
     }
     let known = ["drive_id", "path_on_host", "is_root_device", "is_read_only", "cache_type", "rate_limiter"];
-    list_unrepresented(told, &known, &[("io_engine", json!("Sync"))], unrepresented, "drive");
-    limits(told, "rate_limiter", "rate_limit.operations_per_second", &mut options, unrepresented);
-    let id = text(told, "drive_id");
+    list_unrepresented(reported, &known, &[("io_engine", json!("Sync"))], unrepresented, "drive");
+    limits(reported, "rate_limiter", "rate_limit.operations_per_second", &mut options, unrepresented);
+    let id = text(reported, "drive_id");
     StorageDevice {
         id: if is_name(&id) { id } else { format!("disk{at}") },
-        path: text(told, "path_on_host"),
-        read_only: flag(told, "is_read_only"),
-        is_root_device: flag(told, "is_root_device"),
+        path: text(reported, "path_on_host"),
+        read_only: flag(reported, "is_read_only"),
+        is_root_device: flag(reported, "is_root_device"),
         interface_type: String::new(),
         options,
     }
 }
 
-fn interface(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> NetworkInterface {
+fn interface(at: usize, reported: &Value, unrepresented: &mut Vec<String>) -> NetworkInterface {
     let mut options = Options::new();
     let known = ["iface_id", "host_dev_name", "guest_mac", "rx_rate_limiter", "tx_rate_limiter"];
-    list_unrepresented(told, &known, &[], unrepresented, "network interface");
-    limits(told, "rx_rate_limiter", "rate_limit.packets_per_second", &mut options, unrepresented);
-    if told.get("rx_rate_limiter") != told.get("tx_rate_limiter") {
+    list_unrepresented(reported, &known, &[], unrepresented, "network interface");
+    limits(reported, "rx_rate_limiter", "rate_limit.packets_per_second", &mut options, unrepresented);
+    if reported.get("rx_rate_limiter") != reported.get("tx_rate_limiter") {
         unrepresented.push("different limits for what is sent and received".to_owned());
     }
-    let id = text(told, "iface_id");
+    let id = text(reported, "iface_id");
     NetworkInterface {
         id: if is_name(&id) { id } else { format!("net{at}") },
-        mac_address: text(told, "guest_mac"),
-        tap_device: text(told, "host_dev_name"),
+        mac_address: text(reported, "guest_mac"),
+        tap_device: text(reported, "host_dev_name"),
         interface_type: String::new(),
         options,
     }
@@ -97,13 +97,13 @@ fn interface(at: usize, told: &Value, unrepresented: &mut Vec<String>) -> Networ
 
 /// Converts a limiter into options if it fills once a second and allows no burst.
 fn limits(
-    told: &Value,
+    reported: &Value,
     field: &str,
     per_second: &str,
     options: &mut Options,
     unrepresented: &mut Vec<String>,
 ) {
-    let Some(limiter) = told.get(field).filter(|limiter| !limiter.is_null()) else { return };
+    let Some(limiter) = reported.get(field).filter(|limiter| !limiter.is_null()) else { return };
     for (bucket, key) in [("bandwidth", "rate_limit.bytes_per_second"), ("ops", per_second)] {
         let Some(bucket) = limiter.get(bucket).filter(|bucket| !bucket.is_null()) else { continue };
         if number(bucket, "refill_time") == 1000 && number(bucket, "one_time_burst") == 0 {
@@ -145,9 +145,9 @@ pub(super) mod unit_tests {
 
     #[test]
     fn a_converted_specification_is_described_unchanged() {
-        let (spec, (told, unrepresented)) = (spec(), configuration(&native(&spec())));
+        let (spec, (reported, unrepresented)) = (spec(), configuration(&native(&spec())));
         assert_eq!(unrepresented, [""; 0]);
-        let back = VmSpec::parse(&told).unwrap();
+        let back = VmSpec::parse(&reported).unwrap();
         assert_eq!((&back.cpu, &back.memory, &back.boot), (&spec.cpu, &spec.memory, &spec.boot));
         let disks = |spec: &VmSpec| -> Vec<_> {
             spec.disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect()

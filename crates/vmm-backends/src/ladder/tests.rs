@@ -4,9 +4,9 @@ use vmm_host::process::{Command, ProcessGuard, spawn_guarded};
 
 use super::*;
 
-const PATIENT: LadderOptions = LadderOptions { ask_guest_for: Some(Duration::from_secs(60)) };
-const HASTY: LadderOptions = LadderOptions { ask_guest_for: Some(Duration::from_millis(1)) };
-const FORCED: LadderOptions = LadderOptions { ask_guest_for: None };
+const PATIENT: LadderOptions = LadderOptions { guest_timeout: Some(Duration::from_secs(60)) };
+const HASTY: LadderOptions = LadderOptions { guest_timeout: Some(Duration::from_millis(1)) };
+const FORCED: LadderOptions = LadderOptions { guest_timeout: None };
 
 /// The behaviour of a fake VMM during a call.
 #[derive(Clone, Copy, Debug)]

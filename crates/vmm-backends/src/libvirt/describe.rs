@@ -269,8 +269,8 @@ mod tests {
 
     #[test]
     fn a_foreign_domain_is_described_as_far_as_possible() {
-        let told = describe(STRANGER).unwrap();
-        let config = &told.config;
+        let reported = describe(STRANGER).unwrap();
+        let config = &reported.config;
         let cpu = config.cpu.as_ref().unwrap();
         assert_eq!((cpu.vcpu_count, cpu.max_vcpu_count), (2, 4));
         assert_eq!(config.memory.as_ref().unwrap().size_bytes, 2 << 30);
@@ -281,9 +281,12 @@ mod tests {
             .map(|disk| (&*disk.id, &*disk.path, disk.read_only, &*disk.options["format"]))
             .collect();
         assert_eq!(disks, [("vda", "/images/web.qcow2", false, "qcow2"), ("sda", "/dev/sdx", true, "raw")]);
-        assert_eq!(told.taps, ["vnet0", "tap7"]);
-        assert_eq!((told.restarts, &*told.accelerator, &*told.machine), (true, "kvm", "pc-q35-7.2"));
-        let unrepresented = told.unrepresented.join("; ");
+        assert_eq!(reported.taps, ["vnet0", "tap7"]);
+        assert_eq!(
+            (reported.restarts, &*reported.accelerator, &*reported.machine),
+            (true, "kvm", "pc-q35-7.2")
+        );
+        let unrepresented = reported.unrepresented.join("; ");
         for what in
             ["firmware", "bus of disk sda", "cdrom sdb", "kind network", "device graphics", "device video"]
         {

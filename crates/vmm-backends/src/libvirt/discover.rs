@@ -185,22 +185,22 @@ impl DomainScanner {
             .await
             .map_err(|error| error.to_string())?;
         let CallResult::Xml { xml } = got else { return Err("libvirt's answer cannot be used".to_owned()) };
-        let told = describe(&xml)?;
+        let reported = describe(&xml)?;
         let state = match guest_state(domain.state) {
             GuestState::Running => VmState::Running,
             GuestState::Paused => VmState::Paused,
             GuestState::Ended => VmState::Shutdown,
         };
         let launched = match state {
-            VmState::Running | VmState::Paused => Some(self.hold(domain, &told, ours).await?),
+            VmState::Running | VmState::Paused => Some(self.hold(domain, &reported, ours).await?),
             VmState::Created | VmState::Shutdown => None,
         };
         Ok(DiscoveredVm {
             place: self.backend.kind_of(uuid),
             uid: ours.then(|| VmUid::new(uuid)),
             names: names(domain),
-            config: told.config,
-            unrepresented: told.unrepresented,
+            config: reported.config,
+            unrepresented: reported.unrepresented,
             state,
             launched,
         })
@@ -209,7 +209,7 @@ impl DomainScanner {
     async fn hold(
         &self,
         domain: &Domain,
-        told: &DomainDescription,
+        reported: &DomainDescription,
         ours: bool,
     ) -> Result<vmm_core::backend::LaunchedVmm, String> {
         let (backend, uuid) = (&self.backend, domain.uuid);
@@ -221,11 +221,11 @@ impl DomainScanner {
             domain: uuid,
             socket: backend.socket.clone(),
             version: backend.hypervisor(),
-            accelerator: told.accelerator.clone(),
-            machine: told.machine.clone(),
-            restarts: told.restarts,
+            accelerator: reported.accelerator.clone(),
+            machine: reported.machine.clone(),
+            restarts: reported.restarts,
             imported: !ours,
-            taps: told.taps.clone(),
+            taps: reported.taps.clone(),
         };
         let run = facts.record(&process);
         let (_, launched) = assemble(&backend.link, watched, process, facts, run, domain.state);

@@ -163,8 +163,8 @@ mod tests {
             (CallFailureKind::Other, "could not find any emulator", "qemu-system-x86"),
         ];
         for (kind, message, advice) in table {
-            let told = refused(kind, message);
-            assert!(told.contains(advice) && told.contains(message), "{told}");
+            let reported = refused(kind, message);
+            assert!(reported.contains(advice) && reported.contains(message), "{reported}");
         }
         let failure =
             |message: &str| CallFailure { kind: CallFailureKind::NoConnection, message: message.to_owned() };
@@ -175,21 +175,21 @@ mod tests {
             ),
             (absent, "libvirt-daemon-driver-qemu"),
         ] {
-            let told = unreachable("qemu:///session", &failure(message)).message;
-            assert!(told.contains(advice) && !told.contains("group libvirt"), "{told}");
+            let reported = unreachable("qemu:///session", &failure(message)).message;
+            assert!(reported.contains(advice) && !reported.contains("group libvirt"), "{reported}");
         }
-        let told = missing_libvirtd("qemu:///session", true).unwrap().message;
-        assert!(told.contains("qemu:///system"), "{told}");
+        let reported = missing_libvirtd("qemu:///session", true).unwrap().message;
+        assert!(reported.contains("qemu:///system"), "{reported}");
         assert!(missing_libvirtd("qemu:///session", false).is_none());
         assert!(missing_libvirtd("qemu:///system", true).is_none());
         let loader = "error while loading shared libraries: libvirt.so.0: cannot open shared object file";
-        let told = helper_exit_error("exit status 127", loader);
-        assert!(told.message.contains("libvirt0"), "{}", told.message);
-        assert_eq!(told.kind, BackendErrorKind::NotInstalled);
+        let reported = helper_exit_error("exit status 127", loader);
+        assert!(reported.message.contains("libvirt0"), "{}", reported.message);
+        assert_eq!(reported.kind, BackendErrorKind::NotInstalled);
         assert!(helper_exit_error("exit status 1", "").message.ends_with("(exit status 1)"));
-        let told = find(Path::new("vmm-no-such-helper")).unwrap_err();
-        assert!(told.message.contains("make libvirt-helper"), "{}", told.message);
-        assert_eq!(told.kind, BackendErrorKind::NotInstalled);
+        let reported = find(Path::new("vmm-no-such-helper")).unwrap_err();
+        assert!(reported.message.contains("make libvirt-helper"), "{}", reported.message);
+        assert_eq!(reported.kind, BackendErrorKind::NotInstalled);
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub(super) struct DomainMonitor {
     /// The end of the domain, as libvirt reported it.
     pub(super) ended: Option<Lifecycle>,
     /// The time limits of QEMU's end, or `None` if this program must not end it.
-    pub(super) patience: Option<ExitTimeouts>,
+    pub(super) exit_timeouts: Option<ExitTimeouts>,
     /// The end that QEMU has announced.
     pub(super) end: Option<ExitSchedule>,
     /// Ends when the VM's handle is dropped.
@@ -128,7 +128,7 @@ impl DomainMonitor {
         self.ending(false);
         if by_guest {
             self.report(VmmEvent::GuestReset);
-        } else if self.guest.resets.is_anothers() {
+        } else if self.guest.resets.is_foreign() {
             self.report(VmmEvent::ResetFromOutside);
         }
     }
@@ -155,7 +155,7 @@ impl DomainMonitor {
         if !ends {
             self.end = None;
         } else if self.end.is_none() {
-            self.end = self.patience.map(ExitSchedule::starting_now);
+            self.end = self.exit_timeouts.map(ExitSchedule::starting_now);
         }
     }
 
@@ -168,7 +168,7 @@ impl DomainMonitor {
                 self.ending(true);
             }
             // libvirt stops the guest's CPUs after a panic, and then ends QEMU by a signal.
-            DomainEvent::Monitor(name, _) if name == "GUEST_PANICKED" && self.patience.is_some() => {
+            DomainEvent::Monitor(name, _) if name == "GUEST_PANICKED" && self.exit_timeouts.is_some() => {
                 self.reason = self.reason.or(Some(ShutdownReason::GuestPanic));
             }
             DomainEvent::Lifecycle(

@@ -66,12 +66,12 @@ impl DomainRunFacts {
 
 /// Returns the TAPs that a running domain has now, or `None` if libvirt does not report them.
 pub(super) async fn live_taps(link: &LibvirtLink, domain: Uuid, timeout: Duration) -> Option<Vec<String>> {
-    let told = match link.call(Call::Xml { uuid: domain }, timeout).await {
+    let reported = match link.call(Call::Xml { uuid: domain }, timeout).await {
         Ok(CallResult::Xml { xml }) => describe(&xml),
         Ok(other) => Err(unexpected_answer(&other).to_string()),
         Err(error) => Err(error.to_string()),
     };
-    told.map(|told| told.taps)
+    reported.map(|reported| reported.taps)
         .inspect_err(|why| tracing::warn!(%domain, detail = why, "the TAPs of the domain are not known; its network counters are missing"))
         .ok()
 }
@@ -100,7 +100,7 @@ pub(super) fn assemble(
         reason: None,
         ended: None,
         // An imported domain is ended by force only, so a hanging QEMU is not woken there.
-        patience: (!facts.imported).then_some(ExitTimeouts::WITH_LIBVIRTS),
+        exit_timeouts: (!facts.imported).then_some(ExitTimeouts::WITH_LIBVIRTS),
         end: None,
         handle,
         throttle: Throttle::new(),

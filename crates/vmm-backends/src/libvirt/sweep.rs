@@ -59,8 +59,8 @@ pub(super) async fn sweep(backend: &LibvirtBackend, request: SweepRequest) -> Re
             let runs = may_run(backend, sought).await;
             // The definition is removed first, so that no other client can start the domain in
             // between. A running domain disappears when it ends.
-            let patience = if runs { SWEEP_TIMEOUT / 2 } else { SWEEP_TIMEOUT };
-            let undefined = if may_be_defined { undefine(backend, sought, patience).await } else { Ok(()) };
+            let timeout = if runs { SWEEP_TIMEOUT / 2 } else { SWEEP_TIMEOUT };
+            let undefined = if may_be_defined { undefine(backend, sought, timeout).await } else { Ok(()) };
             if runs {
                 backend.end(sought, DESTROY_TIMEOUT).await?;
             }

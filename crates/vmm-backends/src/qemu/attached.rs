@@ -160,16 +160,16 @@ impl AttachedHypervisor for AttachedQemu {
             )));
         }
         let status = qmp.query_status().await.map_err(|error| EndpointError::Failed(error.to_string()))?;
-        let told = describe::describe(&qmp).await;
+        let reported = describe::describe(&qmp).await;
         Ok(IdentifiedVmm {
             client: Arc::new(connection),
             process: visit.process,
             version: version.to_string(),
-            accelerator: told.accelerator,
-            machine: told.machine,
+            accelerator: reported.accelerator,
+            machine: reported.machine,
             holds: holding(status).map(|guest| AttachedVmFacts {
                 guest,
-                config: told.config,
+                config: reported.config,
                 unrepresented: vec!["whatever QEMU's command line says".to_owned()],
                 startable: false,
                 native: serde_json::Value::Null,
@@ -238,7 +238,7 @@ impl AttachedHypervisor for AttachedQemu {
 /// Returns the state of the guest in a QEMU with this status, or `None` if the guest has ended and
 /// cannot be used.
 fn holding(status: RunState) -> Option<GuestPhase> {
-    match status.guest_state_of_another() {
+    match status.attached_guest_state() {
         GuestState::Running => Some(GuestPhase::Running),
         GuestState::Paused => Some(GuestPhase::Paused),
         GuestState::Ended => None,

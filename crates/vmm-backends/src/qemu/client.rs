@@ -88,7 +88,7 @@ impl RunState {
 
     /// Returns the state of the guest in a QEMU that another program started. A guest that has
     /// failed counts as paused, because its owner may examine it.
-    pub const fn guest_state_of_another(self) -> GuestState {
+    pub const fn attached_guest_state(self) -> GuestState {
         match self.failure() {
             Some(_) => GuestState::Paused,
             None => self.guest_state(),

@@ -64,13 +64,13 @@ async fn property(qmp: &Qmp, name: &str) -> String {
 }
 
 /// Returns a disk, or `None` for an empty drive.
-fn storage((at, told): (usize, &Value)) -> Option<StorageDevice> {
-    let inserted = told.get("inserted").filter(|inserted| !inserted.is_null())?;
+fn storage((at, reported): (usize, &Value)) -> Option<StorageDevice> {
+    let inserted = reported.get("inserted").filter(|inserted| !inserted.is_null())?;
     let mut options = Options::new();
     if text(inserted, "drv") == "qcow2" {
         options.insert("format".to_owned(), "qcow2".to_owned());
     }
-    let id = text(told, "device");
+    let id = text(reported, "device");
     Some(StorageDevice {
         id: if is_name(&id) { id } else { format!("disk{at}") },
         path: text(inserted.get("image").unwrap_or(inserted), "filename"),
@@ -80,11 +80,11 @@ fn storage((at, told): (usize, &Value)) -> Option<StorageDevice> {
     })
 }
 
-fn interface((at, told): (usize, &Value)) -> NetworkInterface {
-    let id = text(told, "name");
+fn interface((at, reported): (usize, &Value)) -> NetworkInterface {
+    let id = text(reported, "name");
     NetworkInterface {
         id: if is_name(&id) { id } else { format!("net{at}") },
-        mac_address: text(told, "main-mac"),
+        mac_address: text(reported, "main-mac"),
         ..NetworkInterface::default()
     }
 }

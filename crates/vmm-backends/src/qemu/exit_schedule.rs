@@ -45,9 +45,9 @@ pub(crate) struct ExitSchedule {
 
 impl ExitSchedule {
     /// Returns the schedule that begins now.
-    pub(crate) fn starting_now(patience: ExitTimeouts) -> Self {
+    pub(crate) fn starting_now(exit_timeouts: ExitTimeouts) -> Self {
         let now = Instant::now();
-        Self { next: now + patience.first, again: patience.again, last: now + patience.last }
+        Self { next: now + exit_timeouts.first, again: exit_timeouts.again, last: now + exit_timeouts.last }
     }
 
     /// Waits until a signal is due, and returns it. Waits for ever without a schedule. Cancel-safe.

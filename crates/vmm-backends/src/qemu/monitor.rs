@@ -185,7 +185,7 @@ impl QemuMonitor {
                 Ok(reset) if reset.guest => self.report(VmmEvent::GuestReset),
                 // No other client speaks to a QEMU that this program started, so the reset is this
                 // program's own.
-                Ok(_) if self.owner == QemuOwner::Another && self.guest.resets.is_anothers() => {
+                Ok(_) if self.owner == QemuOwner::Another && self.guest.resets.is_foreign() => {
                     self.report(VmmEvent::ResetFromOutside);
                 }
                 Ok(_) => {}
@@ -259,8 +259,8 @@ impl QemuMonitor {
                 Err(error) => return debug!(%error, "QEMU does not report its guest's state"),
             };
             let event = match self.owner {
-                QemuOwner::Us => difference(status, change.runs()),
-                QemuOwner::Another => self.difference_of_another(status, change.runs()),
+                QemuOwner::Us => state_change(status, change.runs()),
+                QemuOwner::Another => self.attached_state_change(status, change.runs()),
             };
             match event {
                 Some(VmmEvent::Resumed) => change.set_runs(true),
@@ -276,8 +276,8 @@ impl QemuMonitor {
 
     /// Returns the event for a QEMU that another program started, which may run on after its guest
     /// has ended.
-    fn difference_of_another(&self, status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
-        match (status.guest_state_of_another(), thought_to_run) {
+    fn attached_state_change(&self, status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
+        match (status.attached_guest_state(), thought_to_run) {
             (GuestState::Ended, _) if self.guest.is_to_end() => None,
             (GuestState::Ended, _) => Some(VmmEvent::Gone(Exit {
                 cause: self.shutdown.map_or(ExitCause::Unknown, ShutdownReason::cause),
@@ -313,19 +313,19 @@ impl QemuMonitor {
 pub(super) fn shutdown_reason(event: &QmpEvent) -> Option<ShutdownReason> {
     match event.name.as_str() {
         "SHUTDOWN" => {
-            let told = ShutdownEvent::deserialize(&event.data);
-            Some(told.map_or(ShutdownReason::Other, |shutdown| shutdown.reason))
+            let reported = ShutdownEvent::deserialize(&event.data);
+            Some(reported.map_or(ShutdownReason::Other, |shutdown| shutdown.reason))
         }
         "GUEST_PANICKED" => {
-            let told = PanicEvent::deserialize(&event.data).ok()?;
-            (told.action == PanicAction::Poweroff).then_some(ShutdownReason::GuestPanic)
+            let reported = PanicEvent::deserialize(&event.data).ok()?;
+            (reported.action == PanicAction::Poweroff).then_some(ShutdownReason::GuestPanic)
         }
         _ => None,
     }
 }
 
 /// Returns the event for a guest in `status` that was thought to run, or not to.
-fn difference(status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
+fn state_change(status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
     if let Some(why) = status.failure() {
         return thought_to_run.then(|| VmmEvent::GuestFailed(why.to_owned()));
     }
@@ -338,8 +338,8 @@ fn difference(status: RunState, thought_to_run: bool) -> Option<VmmEvent> {
 
 /// Returns the cause of an end with the reason `starting_now`, if there was one, and this exit
 /// status.
-fn exit_cause(told: Option<ShutdownReason>, exit: ProcessExit) -> ExitCause {
-    match (told, exit.status) {
+fn exit_cause(reported: Option<ShutdownReason>, exit: ProcessExit) -> ExitCause {
+    match (reported, exit.status) {
         (Some(reason), _) => reason.cause(),
         (None, Some(ExitStatus::Signal(_))) => ExitCause::VmmFailed,
         (None, Some(ExitStatus::Code(code))) if code != 0 => ExitCause::VmmFailed,
@@ -385,12 +385,12 @@ mod tests {
 
     #[test]
     fn only_changes_that_were_not_ordered_are_reported() {
-        assert_eq!(difference(RunState::Running, true), None);
-        assert_eq!(difference(RunState::Paused, false), None);
-        assert_eq!(difference(RunState::Paused, true), Some(VmmEvent::Paused));
-        assert_eq!(difference(RunState::Running, false), Some(VmmEvent::Resumed));
-        assert_eq!(difference(RunState::Shutdown, true), None, "its end follows");
-        assert!(matches!(difference(RunState::InternalError, true), Some(VmmEvent::GuestFailed(_))));
-        assert_eq!(difference(RunState::InternalError, false), None, "told already");
+        assert_eq!(state_change(RunState::Running, true), None);
+        assert_eq!(state_change(RunState::Paused, false), None);
+        assert_eq!(state_change(RunState::Paused, true), Some(VmmEvent::Paused));
+        assert_eq!(state_change(RunState::Running, false), Some(VmmEvent::Resumed));
+        assert_eq!(state_change(RunState::Shutdown, true), None, "its end follows");
+        assert!(matches!(state_change(RunState::InternalError, true), Some(VmmEvent::GuestFailed(_))));
+        assert_eq!(state_change(RunState::InternalError, false), None, "told already");
     }
 }

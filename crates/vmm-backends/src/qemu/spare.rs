@@ -107,8 +107,8 @@ impl SpareQemu {
     }
 
     /// Returns true if the spare was started with the command line that `told` requires.
-    pub(super) fn was_started_for(&self, told: &SpareQemuConfig) -> bool {
-        self.words == told.ahead
+    pub(super) fn was_started_for(&self, reported: &SpareQemuConfig) -> bool {
+        self.words == reported.ahead
     }
 
     /// Writes the VM to the spare's input. Returns `None` if the spare did not read it; the spare

@@ -117,8 +117,8 @@ impl QemuLaunch {
         }
         // Every reason against the spare is found before the first byte is written to it, because a
         // spare that has read a part of its input cannot be used for an ordinary start any more.
-        let told = match Arc::clone(self).spare_config().await {
-            Ok(told) if spare.was_started_for(&told) => told,
+        let reported = match Arc::clone(self).spare_config().await {
+            Ok(reported) if spare.was_started_for(&reported) => reported,
             Ok(_) => {
                 spare.end("the VM has another CPU model than the usual one, or no console").await;
                 return None;
@@ -128,7 +128,7 @@ impl QemuLaunch {
                 return None;
             }
         };
-        let informed = spare.configure(&told.file).await?;
+        let informed = spare.configure(&reported.file).await?;
         // The write succeeded as soon as the pipe had room, so a QEMU that hangs may still have
         // read nothing. In that case the guest cannot have started, and an ordinary start may
         // follow. Once QEMU has read a byte, the outcome of the connection decides.

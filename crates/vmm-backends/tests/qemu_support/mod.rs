@@ -1,4 +1,5 @@
-//! What the tests against a real QEMU share: a bench that starts guests and leaves nothing behind, failed or not.
+//! What the tests against a real QEMU share: a bench that starts guests and leaves nothing behind,
+//! failed or not.
 
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
@@ -56,7 +57,7 @@ pub(crate) fn linux(test: &str) -> Option<(PathBuf, PathBuf)> {
 }
 
 pub(crate) fn ask_for(seconds: u64) -> LadderOptions {
-    LadderOptions { ask_guest_for: Some(Duration::from_secs(seconds)) }
+    LadderOptions { guest_timeout: Some(Duration::from_secs(seconds)) }
 }
 
 /// Makes a disk image of `size` bytes.

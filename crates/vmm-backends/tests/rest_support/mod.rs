@@ -1,5 +1,5 @@
-//! What the tests against a real Firecracker and a real Cloud Hypervisor share: a bench that starts guests and leaves nothing
-//! behind, failed or not.
+//! What the tests against a real Firecracker and a real Cloud Hypervisor share: a bench that starts
+//! guests and leaves nothing behind, failed or not.
 
 #![allow(dead_code, unreachable_pub, reason = "every test program uses its own part of this")]
 #![allow(
@@ -35,7 +35,7 @@ pub use vmm_testkit::skip::skipped;
 /// Longer than anything honest takes on a busy host.
 pub const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Does not ask the guest.
-pub const FORCE: LadderOptions = LadderOptions { ask_guest_for: None };
+pub const FORCE: LadderOptions = LadderOptions { guest_timeout: None };
 
 pub const UNSET: i32 = 0;
 pub const NEVER: i32 = 1;
@@ -43,7 +43,7 @@ pub const GUEST_REBOOT: i32 = 2;
 
 /// Asks the guest, and waits for it.
 pub fn ask_for(time: Duration) -> LadderOptions {
-    LadderOptions { ask_guest_for: Some(time) }
+    LadderOptions { guest_timeout: Some(time) }
 }
 
 /// The backend, or `None` after saying that `test` is skipped, where people and scripts see it.
@@ -199,7 +199,8 @@ impl<B: Backend> Bench<B> {
         self.backend.launch(self.request()).await.map(Run::from)
     }
 
-    /// Asks a VMM for signs of life and counters again and again, and expects that it has no connection more afterwards.
+    /// Asks a VMM for signs of life and counters again and again, and expects that it has no
+    /// connection more afterwards.
     pub async fn samples_leave_no_connection(&self) {
         let run = self.launch().await;
         let folder = format!("/proc/{}/fd", run.vmm.run().process.pid);

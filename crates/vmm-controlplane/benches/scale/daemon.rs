@@ -133,17 +133,18 @@ impl Daemon {
         stream
     }
 
-    /// Opens a watch, and answers how long it took until a VM, or the marker where there is one alone, was told.
+    /// Opens a watch, and answers how long it took until a VM, or the marker where there is one
+    /// alone, was told.
     pub(crate) fn watch(&self, request: &Value) -> Duration {
         let wanted: &[u8] = if request["vm_id"].is_string() { b"synced" } else { b"present" };
         let began = Instant::now();
         let mut stream = self.open_watch(request);
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         let mut buffer = [0; 4096];
-        while !told.windows(wanted.len()).any(|text| text == wanted) {
+        while !reported.windows(wanted.len()).any(|text| text == wanted) {
             let read = stream.read(&mut buffer).unwrap();
-            assert!(read > 0, "the daemon ended the watch: {}", String::from_utf8_lossy(&told));
-            told.extend_from_slice(&buffer[..read]);
+            assert!(read > 0, "the daemon ended the watch: {}", String::from_utf8_lossy(&reported));
+            reported.extend_from_slice(&buffer[..read]);
         }
         let took = began.elapsed();
         // The daemon notices that this watch is closed before the next one is opened.

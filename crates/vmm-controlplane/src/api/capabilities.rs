@@ -57,8 +57,8 @@ pub(super) fn words(facts: &BackendFacts) -> BTreeMap<String, String> {
         ("state", state.map(self::state)),
         ("vmm-failure", vmm_failure.map(self::vmm_failure)),
     ];
-    let told = all.into_iter().filter_map(|(name, word)| Some((name.to_owned(), word?.to_owned())));
-    told.collect()
+    let known = all.into_iter().filter_map(|(name, word)| Some((name.to_owned(), word?.to_owned())));
+    known.collect()
 }
 
 fn list<T: Copy>(values: &[T], word: fn(T) -> &'static str) -> String {

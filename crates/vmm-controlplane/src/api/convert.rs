@@ -417,8 +417,8 @@ mod tests {
         let youngest = age();
         // The clock was set back by a year since the run began, or forward by 25 years.
         for started_ms in [now_ms + 31_536_000_000, now_ms - 25 * 31_536_000_000] {
-            let told = uptime(started_ms);
-            assert!((youngest..=age()).contains(&told), "{told}");
+            let reported = uptime(started_ms);
+            assert!((youngest..=age()).contains(&reported), "{reported}");
         }
         assert_eq!(uptime(now_ms), 0);
         assert_eq!(uptime(now_ms - youngest), youngest, "where the clock can be right it counts");

@@ -21,7 +21,7 @@ use super::sockets;
 /// The environment variables, by name.
 pub type Environment = BTreeMap<OsString, OsString>;
 
-/// The questions of the loader to the machine. Tests answer them in its place.
+/// The facts of the host that the loader reads. Tests pass facts of their own.
 pub trait LoaderHost {
     /// Returns the effective user id.
     fn uid(&self) -> u32;

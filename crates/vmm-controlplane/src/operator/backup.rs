@@ -107,8 +107,8 @@ fn running(config: &DaemonConfig) -> anyhow::Result<BTreeMap<VmUid, Vec<ProcessI
     for user in survey.users {
         let known = user.found.program_name().and_then(|name| name.to_str());
         if known.is_some_and(|name| names.contains(name)) {
-            let told = |uid: &VmUid| commands(&user, *uid) && !waiting.contains(uid);
-            for uid in user.uids().into_iter().filter(told) {
+            let is_named = |uid: &VmUid| commands(&user, *uid) && !waiting.contains(uid);
+            for uid in user.uids().into_iter().filter(is_named) {
                 running.entry(uid).or_default().push(user.found.identity.clone());
             }
         }

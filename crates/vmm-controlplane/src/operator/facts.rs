@@ -73,9 +73,9 @@ pub(super) async fn gather(config: &DaemonConfig, daemon: bool) -> anyhow::Resul
         None => Vec::new(),
     };
     let survey = before.lasting(survey(&runtime_dir).await?);
-    let told = || "the owners of the run folders cannot be determined";
-    let served = survey::users_of(&runtime_dir).with_context(told)?;
-    let signatures = survey::signatures(&runtime_dir).with_context(told)?;
+    let context = || "the owners of the run folders cannot be determined";
+    let served = survey::users_of(&runtime_dir).with_context(context)?;
+    let signatures = survey::signatures(&runtime_dir).with_context(context)?;
     let names = programs(config);
     let programs = tokio::task::spawn_blocking(move || running_names(&names)).await?;
     Ok(ReconcileFacts { instance, records, daemon, served, signatures, survey, taps, programs, notes })

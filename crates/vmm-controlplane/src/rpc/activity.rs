@@ -71,8 +71,8 @@ impl ConnectionActivity {
     }
 
     /// Returns the time at which the connection is to be closed if nothing changes before.
-    pub(super) fn deadline(&self, patience: IdleTimeouts) -> Option<Instant> {
-        self.state().deadline(patience)
+    pub(super) fn deadline(&self, timeouts: IdleTimeouts) -> Option<Instant> {
+        self.state().deadline(timeouts)
     }
 
     /// Waits until the deadline may have changed.
@@ -140,18 +140,18 @@ impl ActivityState {
         self.requests == 0
     }
 
-    fn deadline(&self, patience: IdleTimeouts) -> Option<Instant> {
+    fn deadline(&self, timeouts: IdleTimeouts) -> Option<Instant> {
         // A request has timeouts of its own for its body and its call, so the connection has no
         // deadline while one is under way. A head that has begun must be complete within the header
         // time, and also within the idle time, which runs from the last answer.
         if self.requests > 0 {
             return None;
         }
-        if patience.once && self.answered {
+        if timeouts.once && self.answered {
             return Some(self.idle_since);
         }
-        let idle = self.idle_since + patience.idle;
-        Some(self.head_since.map_or(idle, |since| idle.min(since + patience.header)))
+        let idle = self.idle_since + timeouts.idle;
+        Some(self.head_since.map_or(idle, |since| idle.min(since + timeouts.header)))
     }
 }
 

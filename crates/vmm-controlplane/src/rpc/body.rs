@@ -69,7 +69,7 @@ impl BodyLimits {
     {
         // HTTP/2 ends one stream and keeps the connection, so the answer arrives though the rest is
         // unread.
-        let patience = if is_http1(request.version()) { DISCARD_LIMIT } else { 0 };
+        let discard_limit = if is_http1(request.version()) { DISCARD_LIMIT } else { 0 };
         // Vital calls use the common memory as long as there is some. Their own reserve comes last,
         // so that it is still there when other bodies have taken everything.
         let mut stores = vec![Arc::clone(&self.bytes)];
@@ -79,7 +79,7 @@ impl BodyLimits {
         let reading = BodyReading::default();
         let mut request = request.map(|inner| {
             Body::new(LimitedBody {
-                inner: LengthLimitedBody::new(inner, self.limit, patience),
+                inner: LengthLimitedBody::new(inner, self.limit, discard_limit),
                 pause_limit: self.pause_limit,
                 paused: Box::pin(time::sleep(self.pause_limit)),
                 body_limit: self.body_limit,
@@ -257,14 +257,14 @@ struct LengthLimitedBody<B> {
     inner: B,
     seen: usize,
     limit: usize,
-    patience: usize,
+    discard_limit: usize,
     excess: Option<Bytes>,
     ended: bool,
 }
 
 impl<B> LengthLimitedBody<B> {
-    fn new(inner: B, limit: usize, patience: usize) -> Self {
-        Self { inner, seen: 0, limit, patience, excess: None, ended: false }
+    fn new(inner: B, limit: usize, discard_limit: usize) -> Self {
+        Self { inner, seen: 0, limit, discard_limit, excess: None, ended: false }
     }
 
     /// Ends the body, with the piece held back as the last one, if there is one.
@@ -289,7 +289,7 @@ where
         // A piece within the limit is passed on at once. The first piece beyond the limit is kept,
         // and the later ones are dropped, so a long body takes no memory. The kept piece is handed
         // out when the peer has nothing more to send, when the connection breaks, or when more than
-        // `patience` bytes beyond the limit have come. The reader has the same limit, so that piece
+        // `discard_limit` bytes beyond the limit have come. The reader has the same limit, so that piece
         // makes it refuse the request as too long. The kept piece takes precedence over the error
         // of a broken connection, because the request was too long before the connection broke.
         while !this.ended {
@@ -310,7 +310,7 @@ where
                 return Poll::Ready(Some(Ok(Frame::data(data))));
             }
             this.excess.get_or_insert(data);
-            if this.seen - this.limit > this.patience {
+            if this.seen - this.limit > this.discard_limit {
                 return Poll::Ready(this.end());
             }
         }
@@ -339,14 +339,14 @@ mod tests {
 
     /// Sends `pieces` of 10 bytes through a limit of 25. Returns the result of the reader and the
     /// number of pieces that were read.
-    async fn read(pieces: usize, patience: usize) -> (Result<usize, ()>, usize) {
+    async fn read(pieces: usize, discard_limit: usize) -> (Result<usize, ()>, usize) {
         let taken = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&taken);
         let source = stream::iter(0..pieces).map(move |_| {
             counter.fetch_add(1, Ordering::Relaxed);
             Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"0123456789")))
         });
-        let body = LengthLimitedBody::new(StreamBody::new(source), 25, patience);
+        let body = LengthLimitedBody::new(StreamBody::new(source), 25, discard_limit);
         let result = Limited::new(body, 25).collect().await;
         let result = match result {
             Ok(collected) => Ok(collected.to_bytes().len()),

@@ -152,7 +152,7 @@ struct ServerState {
     http: auto::Builder<TokioExecutor>,
     draining: watch::Receiver<bool>,
     slots: Arc<ConnectionSlots>,
-    patience: IdleTimeouts,
+    timeouts: IdleTimeouts,
     bodies: BodyLimits,
     requests: Arc<Semaphore>,
 }
@@ -180,7 +180,7 @@ impl ServerState {
             http,
             draining,
             slots: ConnectionSlots::new(options.max_connections, options.max_connections_per_peer),
-            patience: IdleTimeouts {
+            timeouts: IdleTimeouts {
                 header: options.header_timeout,
                 idle: options.idle_timeout,
                 once: false,
@@ -206,7 +206,7 @@ impl ServerState {
         if let Some(_slot) = self.slots.admit(peer, &activity) {
             drop(permit);
             let connection = ConnectionFacts { peer, activity, is_last_resort: false };
-            return self.serve_http(stream, &connection, self.patience).await;
+            return self.serve_http(stream, &connection, self.timeouts).await;
         }
         tracing::debug!(%peer, "no connection is free; this one gets one answer");
         let connection = ConnectionFacts { peer, activity, is_last_resort: true };
@@ -218,14 +218,14 @@ impl ServerState {
 
     /// Speaks HTTP on a connection until it ends. Errors are logged at level DEBUG only, because
     /// the peer causes them.
-    async fn serve_http(&self, stream: TcpStream, connection: &ConnectionFacts, patience: IdleTimeouts) {
+    async fn serve_http(&self, stream: TcpStream, connection: &ConnectionFacts, timeouts: IdleTimeouts) {
         let peer = connection.peer;
         let mut draining = self.draining.clone();
         // Until the first bytes have come there is no HTTP connection that could be closed
         // gracefully. So a drain or an eviction simply drops the socket here. No request has been
         // read by then.
         let begun = tokio::select! {
-            begun = time::timeout(patience.header, first_bytes(&stream)) => begun,
+            begun = time::timeout(timeouts.header, first_bytes(&stream)) => begun,
             () = drain(&mut draining) => return,
             () = connection.activity.evicted() => return,
         };
@@ -256,7 +256,7 @@ impl ServerState {
         // that comes while nobody waits, so neither (3) nor (5) is lost between two turns.
         let mut is_draining = false;
         loop {
-            let deadline = connection.activity.deadline(patience);
+            let deadline = connection.activity.deadline(timeouts);
             tokio::select! {
                 result = talk.as_mut() => {
                     if let Err(error) = result {
@@ -270,7 +270,7 @@ impl ServerState {
                 }
                 () = connection.activity.changed() => {}
                 () = wait_until(deadline) => {
-                    if connection.activity.deadline(patience).is_some_and(|deadline| deadline <= Instant::now()) {
+                    if connection.activity.deadline(timeouts).is_some_and(|deadline| deadline <= Instant::now()) {
                         tracing::debug!(%peer, "the connection was closed, because it was idle");
                         break;
                     }

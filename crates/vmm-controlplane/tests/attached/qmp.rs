@@ -115,18 +115,18 @@ fn a_reset_by_another_qmp_client_is_reported() {
         let _vmm = ByHandVmm::runs(kind, &bench.socket, &guest);
         bench.world.start();
         let vm = bench.the_vm();
-        let told = |bench: &Bench| {
+        let reported = |bench: &Bench| {
             let events = bench.world.call("ListVmEvents", &json!({"vm_id": vm, "page_size": 1000})).ok();
             let events = events["events"].as_array().cloned().unwrap_or_default();
             events.iter().filter(|event| event["cause"] == "reset-from-outside").count()
         };
         bench.op("RebootVm", &vm).ok();
-        assert_eq!(told(&bench), 0, "ours is none");
+        assert_eq!(reported(&bench), 0, "ours is none");
         let mut client = UnixStream::connect(&monitor).unwrap();
         for command in ["qmp_capabilities", "system_reset"] {
             writeln!(client, "{}", json!({"execute": command})).unwrap();
         }
-        eventually("it is told", || told(&bench) == 1);
+        eventually("it is told", || reported(&bench) == 1);
         assert_eq!(bench.world.info(&vm)["state"], "VM_STATE_RUNNING");
     }
 }

@@ -4,9 +4,10 @@
 //!   created ─► (operation-started ─► one conclusion | what happened by itself)* ─► deleted        for each creation, in turn
 //! ```
 //!
-//! Three questions: is each creation's story legal by itself (no end twice, none missing, nothing after `deleted`), does it end
-//! where the VM is now, and do calls and events answer each other: every event that a client caused has its call, and every
-//! answer was true at some moment of the story.
+//! Three questions: is each creation's story legal by itself (no end twice, none missing, nothing
+//! after `deleted`), does it end where the VM is now, and do calls and events answer each other:
+//! every event that a client caused has its call, and every answer was true at some moment of the
+//! story.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -39,8 +40,9 @@ pub(crate) struct Case<'a> {
     pub(crate) client: &'a dyn Fn(&str) -> Option<usize>,
 }
 
-/// When a call whose answer was lost had its effect at the latest, as the log tells; `None` if it never began, and so had
-/// none: nothing is touched before the log says so. That the log tells the truth is what the rest of the judgement shows.
+/// When a call whose answer was lost had its effect at the latest, as the log tells; `None` if it
+/// never began, and so had none: nothing is touched before the log says so. That the log tells the
+/// truth is what the rest of the judgement shows.
 pub(crate) fn last_effect(
     call: &Call,
     events: &[Event],
@@ -60,7 +62,8 @@ pub(crate) fn last_effect(
         return Some(first.time);
     }
     let mut same = events[place + 1..].iter().filter(|event| event.uid == first.uid);
-    // Told again, taken up by the next daemon, or kept by it until the VMM answers: still under way.
+    // Told again, taken up by the next daemon, or kept by it until the VMM answers: still under
+    // way.
     let under_way = |event: &Event| {
         event.kind == "operation-started"
             || (event.kind == "unreachable" && event.cause == "daemon-started")
@@ -84,9 +87,9 @@ pub(crate) fn check(case: &Case<'_>) -> Vec<String> {
             found.push(problem);
         }
     }
-    let told = Timeline::of(case.events);
+    let reported = Timeline::of(case.events);
     for call in case.calls {
-        if let Err(problem) = is_told(call, case, &told) {
+        if let Err(problem) = is_told(call, case, &reported) {
             found.push(problem);
         }
     }
@@ -133,8 +136,8 @@ struct Story {
     open: Option<String>,
     /// A new daemon has said that it goes on with it.
     taken_up: bool,
-    /// The shutdown or reboot that a new daemon keeps on record, because the VMM does not answer. It comes about when the VMM answers or
-    /// ends, unless force or another operation is faster.
+    /// The shutdown or reboot that a new daemon keeps on record, because the VMM does not answer.
+    /// It comes about when the VMM answers or ends, unless force or another operation is faster.
     kept: Option<String>,
     last: Micros,
 }
@@ -172,7 +175,8 @@ impl Story {
         let legal = match event.kind.as_str() {
             "operation-started" => {
                 self.open = Some(event.cause.clone());
-                // What goes on after a crash says so once more: a deletion at once, others when they are taken up.
+                // What goes on after a crash says so once more: a deletion at once, others when
+                // they are taken up.
                 let deletion = event.cause.starts_with("DeleteVm") && died();
                 let taken_up = std::mem::take(&mut self.taken_up) && started == Some(event.cause.as_str());
                 from == to && (started.is_none() || deletion || taken_up)
@@ -329,7 +333,8 @@ impl Timeline {
         Self { entries }
     }
 
-    /// Whether something held at some moment between `begin` and `end`, as far as a reader could see.
+    /// Whether something held at some moment between `begin` and `end`, as far as a reader could
+    /// see.
     fn ever(&self, begin: Micros, end: Micros, holds: impl Fn(Option<&(String, State)>) -> bool) -> bool {
         self.entries.iter().enumerate().any(|(place, (from, there))| {
             let until =
@@ -340,14 +345,16 @@ impl Timeline {
 }
 
 /// Whether the log knows of what a client was told.
-fn is_told(call: &Call, case: &Case<'_>, told: &Timeline) -> Result<(), String> {
+fn is_told(call: &Call, case: &Case<'_>, reported: &Timeline) -> Result<(), String> {
     let (begin, end) = (call.begin, call.end);
     let known = match (&call.answer, call.op) {
-        (Answer::Absent, _) => told.ever(begin, end, |there| there.is_none()),
-        (Answer::Denied(state), _) => told.ever(begin, end, |there| there.is_some_and(|(_, at)| at == state)),
+        (Answer::Absent, _) => reported.ever(begin, end, |there| there.is_none()),
+        (Answer::Denied(state), _) => {
+            reported.ever(begin, end, |there| there.is_some_and(|(_, at)| at == state))
+        }
         (Answer::Done(_), Op::Delete { .. }) => by_this_call(call, case, "deleted"),
         (Answer::Done(_), Op::Reboot { .. }) => by_this_call(call, case, "state-changed"),
-        (Answer::Done(said), _) => told.ever(begin, end, |there| {
+        (Answer::Done(said), _) => reported.ever(begin, end, |there| {
             there.is_some_and(|(uid, at)| {
                 said.state == Some(*at) && said.uid.as_ref().is_none_or(|said| said == uid)
             })

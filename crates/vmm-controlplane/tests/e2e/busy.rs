@@ -43,9 +43,13 @@ fn a_hanging_vm_with_a_full_mailbox_delays_no_reader_and_no_other_vm() {
         world.call("DeleteVm", &json!({"vm_id": "hung", "force": true})).ok();
         let codes: Vec<Value> =
             calls.into_iter().map(|call| call.join().unwrap().body["code"].take()).collect();
-        let told = |code: &str| codes.iter().filter(|told| **told == code).count();
-        assert!(told("unavailable") > 0, "{backend}: {codes:?}");
-        assert_eq!(told("unavailable") + told("aborted") + told("not_found"), CALLS, "{backend}: {codes:?}");
+        let reported = |code: &str| codes.iter().filter(|reported| **reported == code).count();
+        assert!(reported("unavailable") > 0, "{backend}: {codes:?}");
+        assert_eq!(
+            reported("unavailable") + reported("aborted") + reported("not_found"),
+            CALLS,
+            "{backend}: {codes:?}"
+        );
         world.call("DeleteVm", &json!({"vm_id": "well", "force": true})).ok();
         world.assert_nothing_left();
     }

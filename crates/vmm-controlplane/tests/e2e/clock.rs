@@ -27,9 +27,11 @@ struct Behind {
 fn ask(world: &World, console: &mut UnixStream, vm_id: &str) -> Behind {
     let read = || {
         let text = world.console(vm_id);
-        let told = text.lines().filter_map(|line| line.trim().strip_prefix(WORD));
-        let told = told.filter_map(|line| line.split_once(' '));
-        told.filter_map(|(system, hardware)| Some((system.parse().ok()?, hardware.parse().ok()?))).collect()
+        let reported = text.lines().filter_map(|line| line.trim().strip_prefix(WORD));
+        let reported = reported.filter_map(|line| line.split_once(' '));
+        reported
+            .filter_map(|(system, hardware)| Some((system.parse().ok()?, hardware.parse().ok()?)))
+            .collect()
     };
     let before: Vec<(u64, u64)> = read();
     let line = format!("run echo {WORD}$(date +%s) $(cat /sys/class/rtc/rtc0/since_epoch)\n");

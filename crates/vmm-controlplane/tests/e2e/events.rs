@@ -1,4 +1,5 @@
-//! WatchVms, ListVmEvents and WaitVm over the wire: what a client sees of a guest's life, and across the daemon's death.
+//! WatchVms, ListVmEvents and WaitVm over the wire: what a client sees of a guest's life, and
+//! across the daemon's death.
 
 use std::collections::HashSet;
 use std::io::Read as _;
@@ -200,14 +201,14 @@ fn many_watches_get_the_events_in_one_order() {
     });
     // A VM that neither filter has heard of ends both streams.
     world.create("last", &labelled);
-    let told = all.until(|message| message["vm_id"] == "last");
-    assert_eq!(told, listed(&world, ""));
-    assert_eq!(told.len(), 20 * 3 + 1);
-    let tokens: HashSet<_> = told.iter().map(|it| it["token"].as_str().unwrap()).collect();
-    assert_eq!(tokens.len(), told.len());
+    let reported = all.until(|message| message["vm_id"] == "last");
+    assert_eq!(reported, listed(&world, ""));
+    assert_eq!(reported.len(), 20 * 3 + 1);
+    let tokens: HashSet<_> = reported.iter().map(|it| it["token"].as_str().unwrap()).collect();
+    assert_eq!(tokens.len(), reported.len());
     let told_even = even.until(|message| message["vm_id"] == "last");
     assert_eq!(told_even.len(), 10 * 3 + 1);
-    assert!(told_even.iter().all(|it| told.contains(it)));
+    assert!(told_even.iter().all(|it| reported.contains(it)));
 }
 
 #[test]

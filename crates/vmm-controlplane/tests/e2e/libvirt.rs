@@ -1,4 +1,5 @@
-//! QEMU through libvirt: what virsh does is seen, what we do virsh sees, and what is not ours is left alone.
+//! QEMU through libvirt: what virsh does is seen, what we do virsh sees, and what is not ours is
+//! left alone.
 //!
 //! Each test has a libvirtd of its own, see [`vmm_testkit::libvirtd`].
 
@@ -123,7 +124,8 @@ fn a_reset_by_virsh_is_reported() {
     world.create("vm", &config);
     world.boot("vm");
     world.wait_for_console("vm", &banner, 1);
-    // An operator may reset as often as it pleases: the policy counts what the guest does by itself.
+    // An operator may reset as often as it pleases: the policy counts what the guest does by
+    // itself.
     for reset in 1..=3 {
         libvirtd.virsh(&["reset", "vm"]);
         eventually("it is told", || resets_told(&world, "vm") == reset);
@@ -132,14 +134,16 @@ fn a_reset_by_virsh_is_reported() {
         assert_eq!(info["status"]["restarts"].as_i64().unwrap_or(0), 0, "{info:#}");
         world.wait_for_console("vm", &banner, 1 + reset);
     }
-    // Ours is none, though QEMU tells of it in the same words; and one after it is not taken for ours.
+    // Ours is none, though QEMU tells of it in the same words; and one after it is not taken for
+    // ours.
     world.call("RebootVm", &json!({"vm_id": "vm", "force": true})).ok();
     world.wait_for_console("vm", &banner, 5);
     assert_eq!(resets_told(&world, "vm"), 3);
     libvirtd.virsh(&["reset", "vm"]);
     eventually("it is told", || resets_told(&world, "vm") == 4);
     world.wait_for_console("vm", &banner, 6);
-    // virsh reboot presses the button, and libvirt resets the guest that has shut down: the run goes on.
+    // virsh reboot presses the button, and libvirt resets the guest that has shut down: the run
+    // goes on.
     let pid = vmm_pid(&world.info("vm"));
     libvirtd.virsh(&["reboot", "vm"]);
     eventually("it is told", || resets_told(&world, "vm") == 5);
@@ -243,8 +247,8 @@ fn a_hanging_libvirtd_does_not_prevent_force() {
     world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
     assert!(!is_alive(pid), "its process has really gone");
     libvirtd.freeze(false);
-    // A question from before the thaw may still run out of time, and then the connection is made anew: UNAVAILABLE says to
-    // try again.
+    // A question from before the thaw may still run out of time, and then the connection is made
+    // anew: UNAVAILABLE says to try again.
     eventually("it boots", || match world.call("BootVm", &json!({"vm_id": "vm"})) {
         answer if answer.status == 503 => false,
         answer => answer.ok()["state"] == "VM_STATE_RUNNING",
@@ -377,14 +381,14 @@ fn a_missing_part_of_libvirt_is_named() {
         assert_eq!(health.status, 503);
         let backends = world.call("ListBackends", &json!({})).ok();
         let qemu = backends["backends"].as_array().unwrap().iter().find(|backend| backend["name"] == "qemu");
-        let told = qemu.unwrap()["reason"].as_str().unwrap().to_owned();
+        let reported = qemu.unwrap()["reason"].as_str().unwrap().to_owned();
         // A VM can be created, fails to boot for the same reason, and can be deleted.
         world.create("vm", &world.tiny(TinyGuest::Idle));
         let refused = world.call("BootVm", &json!({"vm_id": "vm"}));
         assert_ne!(refused.status, 200);
         let refused = refused.body["message"].as_str().unwrap().to_owned();
         for word in words {
-            for said in [&health.body.to_string(), &told, &refused] {
+            for said in [&health.body.to_string(), &reported, &refused] {
                 assert!(said.contains(word), "{word} is not in {said}");
             }
         }

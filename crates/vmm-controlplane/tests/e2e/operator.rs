@@ -213,8 +213,8 @@ fn orphans_of_an_older_backup_are_ended_only_on_request() {
     let (code, ledger) = reconcile(&world, &["--dry-run"]);
     assert_eq!((code, &item(&ledger, "process", &orphan.to_string())["decision"]), (3, &json!("report")));
     let (_, log) = world.stop(Signal::TERM);
-    let told = log.iter().any(|line| line.contains("have no owner") && line.contains("WARN"));
-    assert!(told, "{}", log.join("\n"));
+    let reported = log.iter().any(|line| line.contains("have no owner") && line.contains("WARN"));
+    assert!(reported, "{}", log.join("\n"));
     assert!(is_alive(orphan));
 
     // Asked for: the orphan ends, and its folder stays for as long as somebody else uses it.
@@ -293,7 +293,8 @@ fn reconcile_keeps_two_instances_apart() {
     assert!(is_alive(pid));
 }
 
-/// An interface that goes with the test. Declared before the world, so that its VMM has ended by then.
+/// An interface that goes with the test. Declared before the world, so that its VMM has ended by
+/// then.
 #[derive(Default)]
 struct Tap(std::cell::RefCell<String>);
 

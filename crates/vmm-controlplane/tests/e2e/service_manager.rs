@@ -42,7 +42,7 @@ fn readiness_watchdog_and_stop_are_notified_over_path_and_abstract_sockets() {
         while let Ok(length) = socket.recv(&mut datagram) {
             rest.push(String::from_utf8_lossy(&datagram[..length]).into_owned());
         }
-        assert!(rest.iter().any(|told| told.starts_with("STOPPING=1\n")), "{name}: {rest:?}");
+        assert!(rest.iter().any(|reported| reported.starts_with("STOPPING=1\n")), "{name}: {rest:?}");
     }
 }
 

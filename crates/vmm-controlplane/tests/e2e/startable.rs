@@ -50,8 +50,8 @@ fn a_qemu_without_its_firmware_is_unavailable_and_the_package_is_named() {
     let reason = qemu["reason"].as_str().unwrap();
     assert!(reason.contains("'qboot.rom'") && reason.contains("the package qemu-system-data"), "{reason}");
     assert_eq!(world.get("/_/health").status, 503);
-    let told = run(&world, &["doctor"]);
-    assert!(told.code == 1 && told.out.contains("the package qemu-system-data"), "{}", told.out);
+    let reported = run(&world, &["doctor"]);
+    assert!(reported.code == 1 && reported.out.contains("the package qemu-system-data"), "{}", reported.out);
 
     let config = world.tiny(TinyGuest::Idle);
     let validated = world.call("ValidateVm", &json!({"config": config})).ok();

@@ -1,5 +1,5 @@
-//! TAPs that the program makes, on every hypervisor that is here: attached while the VM runs, gone when it is deleted, and never
-//! anybody else's.
+//! TAPs that the program makes, on every hypervisor that is here: attached while the VM runs, gone
+//! when it is deleted, and never anybody else's.
 
 use std::cell::RefCell;
 use std::fs;
@@ -33,7 +33,8 @@ fn backends(test: &str) -> Vec<&'static str> {
     here
 }
 
-/// Interfaces that a test may leave behind, gone at its end. Declared before the world, so that VMMs have ended by then.
+/// Interfaces that a test may leave behind, gone at its end. Declared before the world, so that
+/// VMMs have ended by then.
 #[derive(Default)]
 struct Interfaces(RefCell<Vec<String>>);
 
@@ -354,12 +355,13 @@ fn a_tap_removed_by_hand_does_not_make_the_vm_unreachable() {
     }
     world.assert_nothing_left();
     let (_, log) = world.stop(Signal::TERM);
-    let told =
+    let reported =
         |line: &String| line.contains("counters of the VM cannot be read") && line.contains("qemu-renamed");
-    assert!(!on_path("qemu-system-x86_64") || log.iter().any(told), "the log says of which VM: {log:#?}");
+    assert!(!on_path("qemu-system-x86_64") || log.iter().any(reported), "the log says of which VM: {log:#?}");
 }
 
-/// Puts programs in front of the hypervisors' own that write the host's interfaces to `seen` before they become the hypervisor.
+/// Puts programs in front of the hypervisors' own that write the host's interfaces to `seen` before
+/// they become the hypervisor.
 fn with_witness(folder: &Path, seen: &Path) -> Vec<(&'static str, String)> {
     let programs = [
         ("UNKEY_VMCP_QEMU_BINARY", "qemu-system-x86_64"),

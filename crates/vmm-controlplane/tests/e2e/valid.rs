@@ -1,8 +1,9 @@
-//! A configuration that ValidateVm calls ok boots on this host unless a warning says that BootVm will fail, and one that ValidateVm
-//! refuses cannot be created.
+//! A configuration that ValidateVm calls ok boots on this host unless a warning says that BootVm
+//! will fail, and one that ValidateVm refuses cannot be created.
 //!
-//! The configurations are drawn at random from legal, odd and wrong values. The seed is printed with a failure; `VMCP_VALID_SEED`
-//! and `VMCP_VALID_COUNT` repeat a run or make it longer. Huge pages are left out, because a host has some or none of them.
+//! The configurations are drawn at random from legal, odd and wrong values. The seed is printed
+//! with a failure; `VMCP_VALID_SEED` and `VMCP_VALID_COUNT` repeat a run or make it longer. Huge
+//! pages are left out, because a host has some or none of them.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -248,9 +249,9 @@ fn a_valid_configuration_boots_and_a_refused_one_cannot_be_created() {
         let mut valid = 0;
         for _ in 0..count {
             let config = generator.config(backend);
-            let told = OnFailure(backend, seed, &config);
+            let reported = OnFailure(backend, seed, &config);
             valid += usize::from(try_out(&world, backend, &config));
-            drop(told);
+            drop(reported);
         }
         println!("{backend}: {valid} of {count} configurations are valid (seed {seed})");
         assert!(valid * 10 >= count, "{backend}: hardly a configuration is valid (seed {seed})");

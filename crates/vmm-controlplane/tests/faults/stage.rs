@@ -5,7 +5,8 @@
 //!      └─ Hand, for one case           the VMM under test, where somebody else starts it: here the test
 //! ```
 //!
-//! Of hypervisors that the daemon starts itself there is nothing of this: their witness is a VM like the one under test.
+//! Of hypervisors that the daemon starts itself there is nothing of this: their witness is a VM
+//! like the one under test.
 
 use std::cell::RefCell;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -40,7 +41,8 @@ pub(crate) struct Stage {
     dir: TempDir,
 }
 
-/// Stages that a trial has left as it found them, for the next one: a libvirtd takes seconds to come up.
+/// Stages that a trial has left as it found them, for the next one: a libvirtd takes seconds to
+/// come up.
 static LEFT: Mutex<Vec<Stage>> = Mutex::new(Vec::new());
 
 impl Stage {
@@ -188,18 +190,19 @@ impl Hand {
         vmm.as_mut().and_then(|vmm| vmm.is_alive().then(|| vmm.pid()))
     }
 
-    /// What its guest does, as it says itself: `running`, `paused`, or something else where none runs.
+    /// What its guest does, as it says itself: `running`, `paused`, or something else where none
+    /// runs.
     pub(crate) fn guest_state(&self) -> String {
         if self.pid().is_none() {
             return "gone".to_owned();
         }
-        let told = match self.kind {
+        let reported = match self.kind {
             ByHandProgram::Qemu => qmp_status(&self.machine.serial.with_file_name("monitor.sock")),
             ByHandProgram::CloudHypervisor | ByHandProgram::Firecracker => {
                 self.vmm.borrow().as_ref().and_then(ByHandVmm::guest_state)
             }
         };
-        told.map_or_else(|| "silent".to_owned(), |state| state.to_lowercase())
+        reported.map_or_else(|| "silent".to_owned(), |state| state.to_lowercase())
     }
 
     /// What the serial port of a guest has said that the daemon has not started.

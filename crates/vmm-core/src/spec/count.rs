@@ -12,7 +12,7 @@ use crate::report::CheckReport;
 
 /// The most keys of one free map.
 const MAX_KEYS: usize = 64;
-/// The longest text, in bytes. What a text means may limit it further.
+/// The longest text, in bytes. A field may have a lower limit of its own.
 const MAX_TEXT: usize = 16 << 10;
 /// The most bytes of all texts of one configuration.
 ///

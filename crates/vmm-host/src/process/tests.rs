@@ -295,7 +295,7 @@ fn another_pid_namespace_has_another_inode() {
         ])
         .output();
     let theirs = match theirs {
-        Ok(told) if told.status.success() => String::from_utf8(told.stdout).unwrap(),
+        Ok(reported) if reported.status.success() => String::from_utf8(reported.stdout).unwrap(),
         refused => {
             let why = format!("unshare --pid is not possible here: {refused:?}");
             return vmm_testkit::skip::skipped("another_pid_namespace_has_another_inode", &why);
@@ -329,10 +329,10 @@ fn a_child_that_cannot_be_monitored_is_ended() {
 
 #[tokio::test]
 async fn a_pid_reused_by_a_thread_counts_as_gone() {
-    let (told, thread) = std::sync::mpsc::channel();
+    let (reported, thread) = std::sync::mpsc::channel();
     let (end, ended) = std::sync::mpsc::channel::<()>();
     let worker = std::thread::spawn(move || {
-        told.send(rustix::thread::gettid()).unwrap();
+        reported.send(rustix::thread::gettid()).unwrap();
         let _ = ended.recv();
     });
     let thread = u32::try_from(thread.recv().unwrap().as_raw_nonzero().get()).unwrap();

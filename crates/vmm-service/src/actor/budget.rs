@@ -46,9 +46,10 @@ pub(super) enum EffectError {
 }
 
 impl Budget {
-    /// Returns the budget of an operation that begins now. The guest has `patience` in addition.
-    pub(super) fn of_operation(patience: Option<Duration>) -> Self {
-        Self { until: Instant::now() + OPERATION_LIMIT + patience.unwrap_or_default(), forced: false }
+    /// Returns the budget of an operation that begins now. The guest has `guest_timeout` in
+    /// addition.
+    pub(super) fn of_operation(guest_timeout: Option<Duration>) -> Self {
+        Self { until: Instant::now() + OPERATION_LIMIT + guest_timeout.unwrap_or_default(), forced: false }
     }
 
     /// Returns the budget of a step that the program takes without a request, beginning now.

@@ -157,7 +157,7 @@ impl Actor {
         if !(self.record.imported || matches!(self.record.kind, VmKind::Attached { .. })) {
             return self.kill(budget, vmm).await;
         }
-        self.in_time(budget, FOREIGN_END_LIMIT, vmm.shutdown(LadderOptions { ask_guest_for: None }))
+        self.in_time(budget, FOREIGN_END_LIMIT, vmm.shutdown(LadderOptions { guest_timeout: None }))
             .await
             .map(drop)
     }

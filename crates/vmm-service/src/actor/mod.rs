@@ -172,7 +172,7 @@ impl Actor {
             ActorStep::Forced(queued) => return self.operate(Budget::of_force(queued.asked), queued).await,
             ActorStep::Asked(queued) => {
                 self.messages_in_a_row = 0;
-                let budget = Budget::of_operation(queued.operation.ask_guest_for);
+                let budget = Budget::of_operation(queued.operation.guest_timeout);
                 return self.operate(budget, queued).await;
             }
             ActorStep::Message(sign) => {

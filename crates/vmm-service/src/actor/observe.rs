@@ -56,7 +56,8 @@ impl Actor {
     async fn record_external_change(&mut self, observation: Observation, reason: Reason) {
         let state = observe(self.record.state, observation);
         if state == self.record.state {
-            // The guest is where the record says. Of a VM that was unreachable the event only shows that its VMM answers.
+            // The guest is where the record says. Of a VM that was unreachable the event only shows
+            // that its VMM answers.
             if !matches!(self.hold, Hold::Vmm(_)) {
                 self.reached_again().await;
             }
@@ -176,8 +177,8 @@ impl Actor {
     async fn seen_alive(&mut self, asked: Instant, sockets_gone: Option<String>) {
         // The status must tell of sockets that are gone exactly while they are, so that the status
         // is compared with the fact.
-        let told = self.record.status.reason == Reason::SocketsGone;
-        if sockets_gone.is_some() != told && self.record.intent.is_none() {
+        let is_reported = self.record.status.reason == Reason::SocketsGone;
+        if sockets_gone.is_some() != is_reported && self.record.intent.is_none() {
             return self.sockets_changed(sockets_gone).await;
         }
         let settled = self.answered.is_none_or(|answered| asked >= answered + ENDING_GRACE_LIMIT);

@@ -192,22 +192,22 @@ impl Actor {
         budget: Budget,
         operation: &OperationRequest,
     ) -> Result<OperationOutcome, ServiceError> {
-        let OperationRequest { request, ask_guest_for, caller } = operation;
-        let (ask_guest_for, start) = (*ask_guest_for, StartRequest::new(*request, caller));
+        let OperationRequest { request, guest_timeout, caller } = operation;
+        let (guest_timeout, start) = (*guest_timeout, StartRequest::new(*request, caller));
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
         let reserved = match self.reserve_next_run(budget).await {
             Ok(reserved) => reserved,
             Err(error) => return Err(self.refused_reboot(budget, start, error).await),
         };
-        let kind = IntentKind::Reboot { ask_guest_for, claims: reserved.claims.clone() };
+        let kind = IntentKind::Reboot { guest_timeout, claims: reserved.claims.clone() };
         // Nothing has been touched if the intent is refused, so that the run keeps its claims and
         // loses the additional ones.
         if let Err(error) = self.intend(budget, kind, self.status(Phase::Rebooting), caller).await {
             self.claim_for_run_only();
             return Err(error);
         }
-        let ladder = LadderOptions { ask_guest_for };
-        let limit = EFFECT_LIMIT + ask_guest_for.unwrap_or_default();
+        let ladder = LadderOptions { guest_timeout };
+        let limit = EFFECT_LIMIT + guest_timeout.unwrap_or_default();
         match self.interruptible(budget, limit, async move { vmm.reboot(ladder).await }).await {
             Ok(ResetOutcome::InPlace) => {
                 self.claim_for_run_only();
@@ -219,7 +219,7 @@ impl Actor {
             Ok(ResetOutcome::NeedsRelaunch) => {}
             Err(broken) => return Err(self.give_up_reboot(budget, start, broken).await),
         }
-        let ended_by = match self.end_run(budget, ask_guest_for).await {
+        let ended_by = match self.end_run(budget, guest_timeout).await {
             Ok(ended_by) => ended_by,
             Err(broken) => return Err(self.give_up_reboot(budget, start, broken).await),
         };
@@ -402,9 +402,9 @@ impl Actor {
         ServiceError::from_backend(what, &self.record.vm_id, &error)
     }
 
-    /// Returns the intent that stays on record after a request to end the VM which was answered with
-    /// a failure. The request has no intent on record if the store refused it, and its VMM was to be
-    /// ended by force nevertheless.
+    /// Returns the intent that stays on record after a request to end the VM which was answered
+    /// with a failure. The request has no intent on record if the store refused it, and its VMM was
+    /// to be ended by force nevertheless.
     ///
     /// The VMM may still end because of that shutdown, for example while it writes an image back or
     /// frees gigabytes of memory. Its end is then the outcome of the shutdown, and a restart policy
@@ -419,11 +419,11 @@ impl Actor {
         if !ends || effect == Effect::NotApplied || !self.hold.may_be_a_process() {
             return None;
         }
-        let answered = |ask_guest_for| IntentKind::Shutdown { ask_guest_for, answered: true };
+        let answered = |guest_timeout| IntentKind::Shutdown { guest_timeout, answered: true };
         Some(match &self.record.intent {
-            Some(Intent { kind: IntentKind::Shutdown { ask_guest_for, .. }, caller, since_ms, scope }) => {
+            Some(Intent { kind: IntentKind::Shutdown { guest_timeout, .. }, caller, since_ms, scope }) => {
                 Intent {
-                    kind: answered(*ask_guest_for),
+                    kind: answered(*guest_timeout),
                     caller: caller.clone(),
                     since_ms: *since_ms,
                     scope: scope.clone(),

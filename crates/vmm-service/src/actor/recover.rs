@@ -432,7 +432,7 @@ impl Actor {
         let force = intent.recovery() == RecoveryAction::Delete { force: true };
         let budget = if force { Budget::of_force(Instant::now()) } else { Budget::of_operation(None) };
         let operation =
-            OperationRequest { request: intent.request(), ask_guest_for: None, caller: intent.caller };
+            OperationRequest { request: intent.request(), guest_timeout: None, caller: intent.caller };
         let asked = Instant::now();
         let result = self.delete(budget, &operation).await;
         let record = self.record.share();

@@ -26,11 +26,11 @@ impl Actor {
         budget: Budget,
         operation: &OperationRequest,
     ) -> Result<OperationOutcome, ServiceError> {
-        let kind = IntentKind::Shutdown { ask_guest_for: operation.ask_guest_for, answered: false };
+        let kind = IntentKind::Shutdown { guest_timeout: operation.guest_timeout, answered: false };
         if let Err(error) = self.intend(budget, kind, self.status(Phase::Stopping), &operation.caller).await {
             return Err(self.end_unrecorded(budget, operation, error).await);
         }
-        let ended_by = match self.end_run(budget, operation.ask_guest_for).await {
+        let ended_by = match self.end_run(budget, operation.guest_timeout).await {
             Ok(ended_by) => ended_by,
             Err(broken) => {
                 return Err(self
@@ -65,7 +65,7 @@ impl Actor {
     pub(super) async fn end_run(
         &mut self,
         budget: Budget,
-        ask_guest_for: Option<Duration>,
+        guest_timeout: Option<Duration>,
     ) -> Result<EndedBy, EffectError> {
         let Some(vmm) = self.hold.vmm() else {
             let purpose = if budget.forced { SweepPurpose::End } else { SweepPurpose::Clear };
@@ -73,9 +73,9 @@ impl Actor {
             // A sweep that succeeds proves that no process of the VM is left.
             return self.sweep(budget, purpose, run).await.map(|()| EndedBy::Sigkill);
         };
-        let resume_first = self.record.state == VmState::Paused && ask_guest_for.is_some();
-        let limit = ask_guest_for.map_or(FORCED_LADDER_LIMIT, |ask| ask + EFFECT_LIMIT);
-        let ladder = LadderOptions { ask_guest_for };
+        let resume_first = self.record.state == VmState::Paused && guest_timeout.is_some();
+        let limit = guest_timeout.map_or(FORCED_LADDER_LIMIT, |ask| ask + EFFECT_LIMIT);
+        let ladder = LadderOptions { guest_timeout };
         let climbing = async move {
             if resume_first && let Err(error) = vmm.resume().await {
                 // A guest that stands still cannot obey, so the ladder goes on without it.

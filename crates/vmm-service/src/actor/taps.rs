@@ -47,8 +47,8 @@ impl Actor {
             return Vec::new();
         }
         if self.record.imported {
-            let told = self.spec().nics.into_iter().filter_map(|nic| nic.tap);
-            return told.map(|name| (name, TapNameOrigin::Client)).collect();
+            let given = self.spec().nics.into_iter().filter_map(|nic| nic.tap);
+            return given.map(|name| (name, TapNameOrigin::Client)).collect();
         }
         let uid = self.record.uid;
         let by =

@@ -68,7 +68,7 @@ impl Actor {
         let budget = if is_forced(&operation) {
             Budget::of_force(Instant::now())
         } else {
-            Budget::of_operation(operation.ask_guest_for)
+            Budget::of_operation(operation.guest_timeout)
         };
         let asked = Instant::now();
         let result = self.carry_out(budget, &operation).await;
@@ -136,18 +136,18 @@ impl Actor {
 
 /// Returns true if an operation needs no answer of a VMM.
 fn is_forced(operation: &OperationRequest) -> bool {
-    operation.request == VmOperation::Shutdown && operation.ask_guest_for.is_none()
+    operation.request == VmOperation::Shutdown && operation.guest_timeout.is_none()
 }
 
 /// Returns the operation that is carried on, if there is one.
 fn operation(intent: &Intent) -> Option<OperationRequest> {
     let caller = intent.caller.clone();
     match intent.recovery() {
-        RecoveryAction::Shutdown { ask_guest_for } => {
-            Some(OperationRequest { request: VmOperation::Shutdown, ask_guest_for, caller })
+        RecoveryAction::Shutdown { guest_timeout } => {
+            Some(OperationRequest { request: VmOperation::Shutdown, guest_timeout, caller })
         }
-        RecoveryAction::Reboot { ask_guest_for } => {
-            Some(OperationRequest { request: VmOperation::Reboot, ask_guest_for, caller })
+        RecoveryAction::Reboot { guest_timeout } => {
+            Some(OperationRequest { request: VmOperation::Reboot, guest_timeout, caller })
         }
         RecoveryAction::AsFound
         | RecoveryAction::Start { .. }

@@ -69,15 +69,15 @@ impl PresentVm {
     }
 
     fn of_event(event: &VmEvent, before: Option<&Self>) -> Self {
-        let told = &event.event;
-        let ended_before = before.filter(|_| !told.state.is_live()).and_then(|present| present.ended_by);
+        let change = &event.event;
+        let ended_before = before.filter(|_| !change.state.is_live()).and_then(|present| present.ended_by);
         Self {
-            vm_id: told.vm_id.clone(),
-            uid: told.uid,
-            time_ms: told.time_ms,
-            state: told.state,
-            status: told.status.clone(),
-            ended_by: told.ended_by.or(ended_before),
+            vm_id: change.vm_id.clone(),
+            uid: change.uid,
+            time_ms: change.time_ms,
+            state: change.state,
+            status: change.status.clone(),
+            ended_by: change.ended_by.or(ended_before),
         }
     }
 }
@@ -133,9 +133,9 @@ impl ReplayProgress {
                 Ok(changes)
             }
             Self::Replaying(page) => {
-                let told = std::mem::take(&mut page.matching);
+                let notices = std::mem::take(&mut page.matching);
                 *self = page.last.map_or(Self::Ended, |last| Self::Told(Some(last)));
-                Ok(told.into_values().map(WatchMessage::Present).collect())
+                Ok(notices.into_values().map(WatchMessage::Present).collect())
             }
             Self::Ended => Ok(Vec::new()),
         }

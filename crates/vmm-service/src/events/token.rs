@@ -88,8 +88,12 @@ pub(super) fn fingerprint(instance: InstanceId) -> u64 {
 /// Returns a number that distinguishes an event from another one at the same position of a restored
 /// log. The number is never 0, which stands for no event.
 pub(super) fn check_of(event: &VmEvent) -> u32 {
-    let told = &event.event;
-    short_hash([told.uid.to_string().as_bytes(), told.kind.as_str().as_bytes(), &told.time_ms.to_be_bytes()])
+    let change = &event.event;
+    short_hash([
+        change.uid.to_string().as_bytes(),
+        change.kind.as_str().as_bytes(),
+        &change.time_ms.to_be_bytes(),
+    ])
 }
 
 /// Returns a number that distinguishes the filter of a page from others.

@@ -145,11 +145,12 @@ impl Watch {
                     self.first_page = FirstPageProgress::Behind;
                     tokio::time::sleep(FIRST_PAGE_DELAY).await;
                 }
-                let told = beginning.step(&self.events, &self.index, &self.filter, &mut self.cursor).await?;
-                if self.first_page == FirstPageProgress::Ahead && !told.is_empty() {
+                let notices =
+                    beginning.step(&self.events, &self.index, &self.filter, &mut self.cursor).await?;
+                if self.first_page == FirstPageProgress::Ahead && !notices.is_empty() {
                     self.first_page = FirstPageProgress::Read;
                 }
-                self.ready.extend(told);
+                self.ready.extend(notices);
                 // A filter that matches few of many VMs takes many steps before there is a notice.
                 tokio::task::coop::consume_budget().await;
                 continue;

@@ -42,17 +42,18 @@ async fn a_gap_in_the_log_ends_the_watch() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("vm", bed.config()).await;
-    let told = bed.store.log().pop().unwrap().event;
-    // Five more, of the last seconds; the clock on the wall was put back between the third and the fourth.
+    let reported = bed.store.log().pop().unwrap().event;
+    // Five more, of the last seconds; the clock on the wall was put back between the third and the
+    // fourth.
     for ago in [5000, 4000, 1000, 3000, 500] {
-        let event = NewEvent { time_ms: told.time_ms - ago, ..told.clone() };
+        let event = NewEvent { time_ms: reported.time_ms - ago, ..reported.clone() };
         log(&bed, event).await;
     }
     vms.create("other", bed.config()).await;
     let all = listed(&vms, "", 10).await;
     let mut under_way = watch(&vms, from(&all[0].token)).await;
     // As an earlier release expired them: by their time, wherever they stood.
-    bed.store.lose_events(|event| event.event.time_ms < told.time_ms - 2000);
+    bed.store.lose_events(|event| event.event.time_ms < reported.time_ms - 2000);
     let kept: Vec<_> = bed.store.log().iter().map(|it| it.seq.0).collect();
     assert_eq!(kept, [1, 4, 6, 7]);
     assert_eq!(change_or_refusal(&mut under_way).await, Err("out-of-range"), "2 and 3 are lost to it");
@@ -89,16 +90,17 @@ async fn old_events_expire_without_a_request() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("vm", bed.config()).await;
-    let told = bed.store.log().pop().unwrap().event;
+    let reported = bed.store.log().pop().unwrap().event;
     bed.store.lose_events(|_| true);
     let age = i64::try_from(RETENTION_LIMIT.as_millis()).unwrap();
     for ago in [age + 1000, age - 60_000, age + 500, 0] {
-        let event = NewEvent { time_ms: told.time_ms - ago, ..told.clone() };
+        let event = NewEvent { time_ms: reported.time_ms - ago, ..reported.clone() };
         log(&bed, event).await;
     }
     let kept = || bed.store.log().iter().map(|it| it.seq.0).collect::<Vec<_>>();
     assert_eq!(kept(), [2, 3, 4, 5]);
-    // The clock on the wall does not move meanwhile, so the others stay young. Place 4 is behind a younger one.
+    // The clock on the wall does not move meanwhile, so the others stay young. Place 4 is behind a
+    // younger one.
     tokio::time::sleep(RETENTION_LIMIT).await;
     assert_eq!(kept(), [3, 4, 5]);
 }
@@ -168,7 +170,7 @@ async fn filters_select_by_name_and_by_the_labels_of_the_event() {
     life_of(&vms, "a", with(&[("team", "x"), ("env", "prod")])).await;
     life_of(&vms, "b", with(&[("team", "x")])).await;
     vms.create("c", with(&[("team", "y")])).await;
-    let told = async |vm_id: &str, pairs: &[(&str, &str)]| {
+    let reported = async |vm_id: &str, pairs: &[(&str, &str)]| {
         let query =
             WatchQuery { resume_token: start.clone(), vm_id: vm_id.to_owned(), metadata: labels(pairs) };
         let mut names: Vec<_> = changes(&mut watch(&vms, query).await)
@@ -178,12 +180,12 @@ async fn filters_select_by_name_and_by_the_labels_of_the_event() {
         names.dedup();
         names
     };
-    assert_eq!(told("", &[]).await, ["a", "b", "c"]);
-    assert_eq!(told("", &[("team", "x")]).await, ["a", "b"], "the dead bear what they bore");
-    assert_eq!(told("", &[("team", "x"), ("env", "prod")]).await, ["a"]);
-    assert_eq!(told("b", &[("team", "x")]).await, ["b"]);
-    assert_eq!(told("b", &[("team", "y")]).await, [""; 0]);
-    assert_eq!(told("unknown", &[]).await, [""; 0]);
+    assert_eq!(reported("", &[]).await, ["a", "b", "c"]);
+    assert_eq!(reported("", &[("team", "x")]).await, ["a", "b"], "the dead bear what they bore");
+    assert_eq!(reported("", &[("team", "x"), ("env", "prod")]).await, ["a"]);
+    assert_eq!(reported("b", &[("team", "x")]).await, ["b"]);
+    assert_eq!(reported("b", &[("team", "y")]).await, [""; 0]);
+    assert_eq!(reported("unknown", &[]).await, [""; 0]);
     let query = WatchQuery { metadata: labels(&[("team", "x")]), ..WatchQuery::default() };
     let present = presents(&mut watch(&vms, query).await).await.0;
     assert_eq!(present.iter().map(|vm| vm.vm_id.as_str()).collect::<Vec<_>>(), ["zero"]);
@@ -238,12 +240,12 @@ async fn a_reboot_names_the_rung_in_its_answer_and_its_event() {
     for answer in [vms.reboot("vm").await.unwrap(), vms.force_reboot("vm").await.unwrap()] {
         assert!(answer.ended_by.is_some(), "the answer tells what ended the guest");
     }
-    let told: Vec<_> = listed(&vms, "vm", 100)
+    let reported: Vec<_> = listed(&vms, "vm", 100)
         .await
         .into_iter()
         .filter(|it| it.event.event.cause == "RebootVm" && it.event.event.kind == EventKind::StateChanged)
         .map(|it| it.event.event.ended_by)
         .collect();
-    assert_eq!(told.len(), 2);
-    assert!(told.iter().all(Option::is_some), "{told:?}");
+    assert_eq!(reported.len(), 2);
+    assert!(reported.iter().all(Option::is_some), "{reported:?}");
 }

@@ -23,11 +23,11 @@ pub(crate) async fn watch(vms: &Vms, query: WatchQuery) -> Watch {
 
 /// What a new watch is told before its marker, and the marker's token.
 pub(crate) async fn presents(watch: &mut Watch) -> (Vec<PresentVm>, String) {
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     loop {
         match watch.next().await.unwrap() {
-            WatchMessage::Present(present) => told.push(present),
-            WatchMessage::Synced { token, .. } => return (told, token),
+            WatchMessage::Present(present) => reported.push(present),
+            WatchMessage::Synced { token, .. } => return (reported, token),
             WatchMessage::Change(recorded) => panic!("a change before the marker: {recorded:?}"),
         }
     }
@@ -40,7 +40,8 @@ pub(crate) async fn change(watch: &mut Watch) -> RecordedEvent {
     }
 }
 
-/// Everything that can be told now. Unconstrained, or tokio would have the test pause in the middle of a long log.
+/// Everything that can be told now. Unconstrained, or tokio would have the test pause in the middle
+/// of a long log.
 pub(crate) fn changes(watch: &mut Watch) -> Vec<RecordedEvent> {
     std::iter::from_fn(|| match tokio::task::unconstrained(watch.next()).now_or_never()?.unwrap() {
         WatchMessage::Change(recorded) => Some(recorded),
@@ -104,7 +105,7 @@ async fn events_of_fifty_vms_arrive_in_the_order_of_the_log() {
             tokio::spawn(async move { life_of(&vms, &format!("vm-{number}"), config).await })
         })
         .collect();
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     let mut deleted = 0;
     while deleted < VMS {
         let recorded = change(&mut first).await;
@@ -122,15 +123,19 @@ async fn events_of_fifty_vms_arrive_in_the_order_of_the_log() {
             ),
         }
         deleted += usize::from(event.kind == EventKind::Deleted);
-        told.push(recorded);
+        reported.push(recorded);
     }
     for worker in workers {
         worker.await.unwrap();
     }
-    assert_eq!(events(&told), bed.store.log(), "all of it, in order, once");
-    let tokens: HashSet<_> = told.iter().map(|it| &it.token).collect();
-    assert_eq!(tokens.len(), told.len());
-    assert_eq!(listed(&vms, "", 7).await, told, "the audit trail has the same events with the same tokens");
+    assert_eq!(events(&reported), bed.store.log(), "all of it, in order, once");
+    let tokens: HashSet<_> = reported.iter().map(|it| &it.token).collect();
+    assert_eq!(tokens.len(), reported.len());
+    assert_eq!(
+        listed(&vms, "", 7).await,
+        reported,
+        "the audit trail has the same events with the same tokens"
+    );
 }
 
 #[test]
@@ -229,9 +234,9 @@ async fn a_new_watch_gets_a_consistent_snapshot_under_churn() {
     for (present, marker) in begun {
         let mut resumed = watch(&vms, from(&marker)).await;
         let after = changes(&mut resumed).len();
-        let told: BTreeMap<_, _> =
+        let reported: BTreeMap<_, _> =
             present.into_iter().map(|vm| (vm.uid, (vm.vm_id, vm.state, vm.status.phase))).collect();
-        assert_eq!(told, replay(&log[..log.len() - after]), "with {after} changes to come");
+        assert_eq!(reported, replay(&log[..log.len() - after]), "with {after} changes to come");
     }
 }
 
@@ -239,7 +244,7 @@ async fn a_new_watch_gets_a_consistent_snapshot_under_churn() {
 #[derive(Default)]
 struct Table {
     vms: BTreeMap<VmUid, (VmId, VmState, Phase)>,
-    told: HashSet<VmUid>,
+    reported: HashSet<VmUid>,
     last: u64,
 }
 
@@ -248,22 +253,24 @@ impl Table {
     fn take(&mut self, notice: WatchMessage) -> Option<String> {
         match notice {
             WatchMessage::Present(vm) => {
-                assert!(self.told.insert(vm.uid), "a VM is told once: {vm:?}");
+                assert!(self.reported.insert(vm.uid), "a VM is told once: {vm:?}");
                 self.vms.insert(vm.uid, (vm.vm_id, vm.state, vm.status.phase));
             }
             WatchMessage::Change(RecordedEvent { token, event }) => {
                 assert_eq!(token, "", "nothing can be resumed before the marker");
                 assert!(event.seq.0 > self.last, "changes are told in order, and once");
                 self.last = event.seq.0;
-                let told = &event.event;
-                self.told.insert(told.uid);
-                let known = self.vms.insert(told.uid, (told.vm_id.clone(), told.state, told.status.phase));
+                let reported = &event.event;
+                self.reported.insert(reported.uid);
+                let known = self
+                    .vms
+                    .insert(reported.uid, (reported.vm_id.clone(), reported.state, reported.status.phase));
                 assert!(
-                    known.is_some() || told.kind == EventKind::Created,
-                    "of a VM that was told: {told:?}"
+                    known.is_some() || reported.kind == EventKind::Created,
+                    "of a VM that was told: {reported:?}"
                 );
-                if told.kind == EventKind::Deleted {
-                    self.vms.remove(&told.uid);
+                if reported.kind == EventKind::Deleted {
+                    self.vms.remove(&reported.uid);
                 }
             }
             WatchMessage::Synced { token, .. } => return Some(token),
@@ -289,7 +296,8 @@ fn a_slowly_read_snapshot_is_consistent_at_its_marker() {
             let mut table = Table::default();
             let mut next = VMS;
             let marker = loop {
-                // An operation makes up to four events, and the client must read faster than they come.
+                // An operation makes up to four events, and the client must read faster than they
+                // come.
                 if choices().is_multiple_of(6) {
                     let number = choices() % next;
                     let name = format!("vm-{number}");
@@ -358,12 +366,12 @@ async fn the_first_page_of_a_snapshot_is_sent_before_the_next_is_read() {
         vms.create(&format!("vm-{number}"), bed.config()).await;
     }
     let mut watch = watch(&vms, WatchQuery::default()).await;
-    let mut told = 0;
+    let mut reported = 0;
     while let Some(notice) = tokio::task::unconstrained(watch.next()).now_or_never() {
         assert!(matches!(notice.unwrap(), WatchMessage::Present(_)));
-        told += 1;
+        reported += 1;
     }
-    assert_eq!(told, PAGE, "the watch pauses there, so that what serves it sends the page");
+    assert_eq!(reported, PAGE, "the watch pauses there, so that what serves it sends the page");
     let (rest, _) = presents(&mut watch).await;
     assert_eq!(rest.len(), 1);
     let few = WatchQuery { vm_id: "vm-0".to_owned(), ..WatchQuery::default() };

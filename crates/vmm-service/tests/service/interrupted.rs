@@ -16,14 +16,14 @@ fn interrupt(bed: &Bed, request: VmOperation, phase: Phase) {
     interrupt_by(bed, intent_of(request, Some(DEFAULT_GUEST_TIMEOUT)), phase);
 }
 
-/// An intent of `request` whose guest has `ask_guest_for` to obey.
-fn intent_of(request: VmOperation, ask_guest_for: Option<Duration>) -> IntentKind {
+/// An intent of `request` whose guest has `guest_timeout` to obey.
+fn intent_of(request: VmOperation, guest_timeout: Option<Duration>) -> IntentKind {
     match request {
         VmOperation::Boot => IntentKind::Boot { claims: Vec::new() },
         VmOperation::Pause => IntentKind::Pause,
         VmOperation::Resume => IntentKind::Resume,
-        VmOperation::Shutdown => IntentKind::Shutdown { ask_guest_for, answered: false },
-        VmOperation::Reboot => IntentKind::Reboot { ask_guest_for, claims: Vec::new() },
+        VmOperation::Shutdown => IntentKind::Shutdown { guest_timeout, answered: false },
+        VmOperation::Reboot => IntentKind::Reboot { guest_timeout, claims: Vec::new() },
         VmOperation::Delete => IntentKind::Delete,
         VmOperation::ForceDelete => IntentKind::ForceDelete,
     }
@@ -131,7 +131,8 @@ fn force_ends_the_process_of_an_interrupted_boot() {
             if deletes {
                 assert!(vms.force_delete("a").await.unwrap().left_behind.is_empty());
             } else {
-                // A VM that never ran cannot be shut down; what its start has left is ended all the same.
+                // A VM that never ran cannot be shut down; what its start has left is ended all the
+                // same.
                 refused(vms.force_shutdown("a").await, "illegal-state");
                 assert_eq!((vms.state("a"), vms.phase("a")), (VmState::Created, Phase::Created));
                 assert_eq!(bed.stored("a"), *vms.record("a"));
@@ -310,10 +311,10 @@ fn an_interrupted_forced_deletion_is_completed() {
 
 #[test]
 fn an_interrupted_shutdown_of_a_silent_vmm_waits_unless_it_is_forced() {
-    for (ask_guest_for, ends) in [(None, true), (Some(Duration::from_secs(1)), false)] {
+    for (guest_timeout, ends) in [(None, true), (Some(Duration::from_secs(1)), false)] {
         let bed = Bed::new();
         left_in(&bed, VmState::Running);
-        interrupt_by(&bed, intent_of(VmOperation::Shutdown, ask_guest_for), Phase::Stopping);
+        interrupt_by(&bed, intent_of(VmOperation::Shutdown, guest_timeout), Phase::Stopping);
         bed.world.machine("a").unwrap().stop();
         bed.life(async |vms| {
             if ends {
@@ -375,7 +376,8 @@ fn an_interrupted_operation_waits_until_its_vmm_is_found_or_ends() {
 
 #[test]
 fn an_interrupted_boot_with_a_silent_vmm_keeps_its_claims() {
-    // Silent, and its files would not answer either: what the intent says is claimed before anything is asked.
+    // Silent, and its files would not answer either: what the intent says is claimed before
+    // anything is asked.
     let bed = Bed::new();
     boot_dies_after_launch(&bed);
     bed.world.machine("a").unwrap().set_unprovable(true);

@@ -1,4 +1,5 @@
-//! Many VMs at once on a host of two processors: no deadline is lost, because only so many are recovered or started at once.
+//! Many VMs at once on a host of two processors: no deadline is lost, because only so many are
+//! recovered or started at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -98,9 +99,9 @@ fn a_thousand_vms_are_adopted_and_none_is_reported_unreachable() {
             assert_eq!(vms.phase(vm.vm_id.as_str()), Phase::Running);
         }
     });
-    let told: Vec<_> = bed.store.log().split_off(before);
-    assert!(told.iter().all(|it| it.event.kind == EventKind::Adopted), "every one of them was adopted");
-    assert_eq!(told.len(), VMS);
+    let reported: Vec<_> = bed.store.log().split_off(before);
+    assert!(reported.iter().all(|it| it.event.kind == EventKind::Adopted), "every one of them was adopted");
+    assert_eq!(reported.len(), VMS);
 }
 
 #[test]

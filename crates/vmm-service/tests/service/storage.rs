@@ -280,8 +280,9 @@ fn a_leftover_of_a_cancelled_boot_makes_no_vm_unreachable_after_a_restart() {
             bed.world.next(ScriptedMethod::Sweep, timeout());
         }
         bed.life(async |vms| {
-            let told = if ends { (Phase::Created, "vmm-gone") } else { (Phase::Failed, "vmm-does-not-end") };
-            assert_eq!((vms.phase("a"), vms.reason("a").as_str()), told);
+            let reported =
+                if ends { (Phase::Created, "vmm-gone") } else { (Phase::Failed, "vmm-does-not-end") };
+            assert_eq!((vms.phase("a"), vms.reason("a").as_str()), reported);
             let (stored, shown) = (bed.stored("a"), vms.record("a"));
             assert_eq!((stored.pending, stored.generation), (shown.pending, shown.generation));
             vms.boot("a").await.expect("the process is ended before the VM starts");

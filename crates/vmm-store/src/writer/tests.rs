@@ -33,10 +33,10 @@ fn a_refused_commit_fails_no_other_of_its_group() {
         insert(&rival),
     ];
     let outcomes = writer.try_group(&group.map(waiting)).unwrap();
-    let told: Vec<_> =
+    let reported: Vec<_> =
         outcomes.iter().map(|o| o.as_ref().map(|s| s.unwrap().0).map_err(|e| e.kind)).collect();
     let (taken, conflict) = (Err(StoreErrorKind::NameTaken), Err(StoreErrorKind::Conflict));
-    assert_eq!(told, [Ok(1), taken, Ok(2), conflict, Ok(3), Ok(4), Ok(5)]);
+    assert_eq!(reported, [Ok(1), taken, Ok(2), conflict, Ok(3), Ok(4), Ok(5)]);
 }
 
 /// Commits `count` changes of one VM with `text` in each event, and runs the expiries that

@@ -170,13 +170,13 @@ pub(super) struct ExpectedFacts {
 
 impl ExpectedFacts {
     pub(super) fn of(capabilities: &Capabilities) -> Self {
-        let told = &capabilities.facts;
-        let reset = told.guest_reset.expect("a backend tells what a reset does");
-        let reboot = told.reboot.expect("a backend tells how it reboots");
-        let power_off = told.guest_power_off.expect("a backend tells what a power-off does");
+        let reported = &capabilities.facts;
+        let reset = reported.guest_reset.expect("a backend tells what a reset does");
+        let reboot = reported.reboot.expect("a backend tells how it reboots");
+        let power_off = reported.guest_power_off.expect("a backend tells what a power-off does");
         // A hypervisor without a power button has no order to power off either: see the ladder in
         // vmm-backends.
-        let (asked, ordered) = match told.shutdown.expect("a backend tells how it asks a guest") {
+        let (asked, ordered) = match reported.shutdown.expect("a backend tells how it asks a guest") {
             ShutdownFact::CtrlAltDel => (EndedBy::CtrlAltDel, EndedBy::Sigterm),
             ShutdownFact::PowerButton => (EndedBy::Acpi, EndedBy::Vmm),
         };
@@ -197,8 +197,8 @@ impl ExpectedFacts {
                 }
             },
             reset_in_place: reset.is_in_place(),
-            triple_fault_fails: told.guest_triple_fault.is_some_and(TripleFaultFact::is_failure),
-            panic_seen: told.guest_panic.is_some_and(PanicFact::is_seen),
+            triple_fault_fails: reported.guest_triple_fault.is_some_and(TripleFaultFact::is_failure),
+            panic_seen: reported.guest_panic.is_some_and(PanicFact::is_seen),
             reboot_in_place: reboot.is_in_place(),
             asked,
             ordered,

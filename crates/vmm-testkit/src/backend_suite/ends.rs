@@ -121,8 +121,8 @@ pub(super) async fn guest_powers_off(vms: DaemonLife) -> CaseVerdict {
         return CaseVerdict::NotApplicable(vms.facts.power_off.to_owned());
     }
     let down = vms.until_down(VM).await;
-    let told = vms.facts.power_off_told;
-    if told {
+    let reported = vms.facts.power_off_told;
+    if reported {
         assert_end(&down, Phase::Stopped, "guest-power-off", Some(EndedBy::Guest));
     } else {
         // The VMM has gone without a reason that the backend can see, which counts as a failure.
@@ -133,7 +133,7 @@ pub(super) async fn guest_powers_off(vms: DaemonLife) -> CaseVerdict {
     }
     vms.boot_again(VM).await.expect("it can be booted again");
     vms.console_shows(VM, &TinyGuest::PowerOff.banner(), 2).await;
-    if told { CaseVerdict::Served } else { CaseVerdict::Emulated(vms.facts.power_off.to_owned()) }
+    if reported { CaseVerdict::Served } else { CaseVerdict::Emulated(vms.facts.power_off.to_owned()) }
 }
 
 pub(super) async fn power_off_under_always(vms: DaemonLife) -> CaseVerdict {

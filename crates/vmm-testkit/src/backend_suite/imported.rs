@@ -43,7 +43,7 @@ pub(super) const CASES: &[&str] = &[
 /// The step that replaces every other case.
 pub(super) const REFUSED: CaseStep = CaseStep::Life(|vms| Box::pin(refused(vms)));
 
-/// Checks that CreateVm refuses before it looks at anything else, and that ValidateVm agrees.
+/// Checks that CreateVm refuses before any other check, and that ValidateVm agrees.
 async fn refused(vms: DaemonLife) -> CaseVerdict {
     let config = vms.config(TinyGuest::Idle);
     let requested = VmRequest { backend: String::new(), config: config.clone() };

@@ -93,7 +93,7 @@ impl FakeVmm {
             let (silent, obeys) = match self
                 .machine(|machine| (machine.silent, machine.obeys && machine.guest == GuestState::Running))
             {
-                Ok(told) => told,
+                Ok(reported) => reported,
                 Err(_) => return Ok(EndedBy::Guest),
             };
             if obeys && !silent {
@@ -152,7 +152,7 @@ impl Vmm for FakeVmm {
         act.before().await?;
         // Without time for the guest the shutdown is forced: the VMM is ordered to power off, or
         // killed if it does not answer.
-        let rung = match ladder.ask_guest_for {
+        let rung = match ladder.guest_timeout {
             Some(time) => self.asked_to_end(time).await?,
             None => self.machine(|machine| if machine.silent { EndedBy::Sigkill } else { EndedBy::Vmm })?,
         };

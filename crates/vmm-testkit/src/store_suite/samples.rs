@@ -45,7 +45,7 @@ pub fn record(name: &str) -> VmRecord {
         modified_ms: 1_700_000_000_000,
         intent: Some(Intent {
             kind: IntentKind::Reboot {
-                ask_guest_for: Some(Duration::from_millis(1)),
+                guest_timeout: Some(Duration::from_millis(1)),
                 claims: vec![HostClaim::Tap { name: "tap1".to_owned() }],
             },
             caller: Caller::anonymous(Some("10.0.0.1".to_owned())),

@@ -50,12 +50,12 @@ async fn a_flood_of_changes_reports_a_burst_and_the_last_change() {
     let guard = vmm_host::process::spawn_guarded(command).await.unwrap();
     let (sender, mut events) = mpsc::channel(QUEUE);
     tokio::spawn(monitor_of(guard.process(), dir.path(), sender).run());
-    let mut told = Vec::new();
+    let mut reported = Vec::new();
     // The last event comes a second after the burst.
-    while told.len() < 17 {
-        told.push(events.recv().await.unwrap());
+    while reported.len() < 17 {
+        reported.push(events.recv().await.unwrap());
     }
-    assert_eq!(told.last(), Some(&VmmEvent::Resumed));
+    assert_eq!(reported.last(), Some(&VmmEvent::Resumed));
     guard.signal(Signal::KILL).unwrap();
     assert!(matches!(events.recv().await, Some(VmmEvent::Gone(_))), "and nothing more");
 }

@@ -23,7 +23,7 @@ struct Scene {
     _dir: tempfile::TempDir,
 }
 
-async fn scene(script: &str, state: DomainState, patience: Option<ExitTimeouts>) -> Scene {
+async fn scene(script: &str, state: DomainState, exit_timeouts: Option<ExitTimeouts>) -> Scene {
     let dir = tempfile::tempdir().unwrap();
     let qemu = spawn_guarded(Command::new("/bin/sh", ["-c", script], dir.path().join("log"))).await.unwrap();
     let uuid = Uuid::now_v7();
@@ -45,7 +45,7 @@ async fn scene(script: &str, state: DomainState, patience: Option<ExitTimeouts>)
         events,
         reason: None,
         ended: None,
-        patience,
+        exit_timeouts,
         end: None,
         handle: wanted,
         throttle: Throttle::new(),
@@ -60,14 +60,17 @@ fn shut_down() -> DomainEvent {
 }
 
 /// Returns the signal that ends a QEMU which has announced its end.
-async fn ended_by(script: &str, patience: ExitTimeouts) -> i32 {
+async fn ended_by(script: &str, exit_timeouts: ExitTimeouts) -> i32 {
     let Scene { mut monitor, mut happened, qemu, _handle, _dir, .. } =
-        scene(script, DomainState::ShuttingDown, Some(patience)).await;
+        scene(script, DomainState::ShuttingDown, Some(exit_timeouts)).await;
     monitor.on_event(shut_down()).await;
     monitor.on_event(DomainEvent::Lifecycle(Lifecycle::Stopped)).await;
     monitor.run().await;
-    let told = happened.recv().await;
-    assert!(matches!(&told, Some(VmmEvent::Gone(Exit { cause: ExitCause::GuestReset, .. }))), "{told:?}");
+    let reported = happened.recv().await;
+    assert!(
+        matches!(&reported, Some(VmmEvent::Gone(Exit { cause: ExitCause::GuestReset, .. }))),
+        "{reported:?}"
+    );
     match qemu.wait().await.status {
         Some(ExitStatus::Signal(signal)) => signal,
         other => panic!("{other:?}"),
@@ -87,17 +90,17 @@ async fn a_qemu_that_hangs_while_it_exits_gets_a_signal() {
 #[tokio::test]
 async fn a_qemu_that_ignores_signals_while_it_exits_is_killed() {
     // The earlier signals only wake QEMU, so SIGKILL comes at `last` for any number of them.
-    let patience = ExitTimeouts { first: SHORT_DELAY, again: SHORT_DELAY, last: 5 * SHORT_DELAY };
+    let exit_timeouts = ExitTimeouts { first: SHORT_DELAY, again: SHORT_DELAY, last: 5 * SHORT_DELAY };
     let deaf = "trap '' TERM; exec sleep 600";
-    assert_eq!(ended_by(deaf, patience).await, Signal::KILL.as_raw());
+    assert_eq!(ended_by(deaf, exit_timeouts).await, Signal::KILL.as_raw());
 }
 
 #[tokio::test]
 async fn a_qemu_that_runs_again_gets_no_signal() {
-    let patience =
+    let exit_timeouts =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     for state in [DomainState::Running, DomainState::Paused] {
-        let mut scene = scene("exec sleep 600", state, patience).await;
+        let mut scene = scene("exec sleep 600", state, exit_timeouts).await;
         scene.monitor.on_event(shut_down()).await;
         assert!(scene.monitor.end.is_some());
         scene.monitor.signal_waited_for_qemu(Signal::KILL).await;
@@ -108,9 +111,9 @@ async fn a_qemu_that_runs_again_gets_no_signal() {
 
 #[tokio::test]
 async fn a_reset_cancels_the_expected_end() {
-    let patience =
+    let exit_timeouts =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
-    let mut scene = scene("exec sleep 600", DomainState::Running, patience).await;
+    let mut scene = scene("exec sleep 600", DomainState::Running, exit_timeouts).await;
     scene.monitor.on_event(shut_down()).await;
     scene.monitor.on_event(DomainEvent::Monitor("RESET".to_owned(), r#"{"guest":false}"#.to_owned())).await;
     assert!(scene.monitor.end.is_none() && scene.monitor.reason.is_none());
@@ -119,15 +122,15 @@ async fn a_reset_cancels_the_expected_end() {
 
 #[tokio::test]
 async fn a_panicked_guest_is_not_reported_as_paused() {
-    let patience =
+    let exit_timeouts =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
     let panicked = || DomainEvent::Monitor("GUEST_PANICKED".to_owned(), r#"{"action":"pause"}"#.to_owned());
-    let mut scene = scene("exec sleep 600", DomainState::Paused, patience).await;
+    let mut scene = scene("exec sleep 600", DomainState::Paused, exit_timeouts).await;
     scene.monitor.on_event(panicked()).await;
     scene.monitor.on_event(DomainEvent::Lifecycle(Lifecycle::Suspended)).await;
     assert!(scene.happened.try_recv().is_err(), "its end is told");
     // An imported domain is not ended by this program, so libvirt may keep it paused after a panic.
-    scene.monitor.patience = None;
+    scene.monitor.exit_timeouts = None;
     scene.monitor.reason = None;
     scene.monitor.on_event(panicked()).await;
     scene.monitor.on_event(DomainEvent::Lifecycle(Lifecycle::Suspended)).await;
@@ -136,9 +139,9 @@ async fn a_panicked_guest_is_not_reported_as_paused() {
 
 #[tokio::test]
 async fn a_missed_shutdown_event_is_found_after_a_reconnect() {
-    let patience =
+    let exit_timeouts =
         Some(ExitTimeouts { first: UNREACHED_TIMEOUT, again: UNREACHED_TIMEOUT, last: UNREACHED_TIMEOUT });
-    let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, patience).await;
+    let mut scene = scene("exec sleep 600", DomainState::ShuttingDown, exit_timeouts).await;
     scene.monitor.on_event(DomainEvent::Connected).await;
     assert!(scene.monitor.end.is_some());
 }
@@ -160,9 +163,9 @@ async fn a_thousand_changes_cause_a_burst_of_queries_and_a_last_one() {
         *scene.state.lock().unwrap() = state;
         scene.monitor.on_event(DomainEvent::Lifecycle(event)).await;
     }
-    let told: Vec<_> = std::iter::from_fn(|| scene.happened.try_recv().ok()).collect();
-    assert_eq!((scene.asked.load(Ordering::Relaxed), told.len()), (16, 16));
-    assert_eq!(told.last(), Some(&VmmEvent::Resumed));
+    let reported: Vec<_> = std::iter::from_fn(|| scene.happened.try_recv().ok()).collect();
+    assert_eq!((scene.asked.load(Ordering::Relaxed), reported.len()), (16, 16));
+    assert_eq!(reported.last(), Some(&VmmEvent::Resumed));
     // The guest is paused since the last event, which the throttle delayed.
     let Scene { monitor, asked, mut happened, qemu, _handle, .. } = scene;
     let running = tokio::spawn(monitor.run());

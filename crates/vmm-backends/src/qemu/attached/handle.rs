@@ -93,7 +93,7 @@ impl Commands for AttachedQemuVmm {
 impl AttachedQemuVmm {
     async fn guest_state(&self) -> Result<GuestState, BackendError> {
         let status = self.qmp()?.query_status().await.map_err(|error| self.explain(error))?;
-        Ok(status.guest_state_of_another())
+        Ok(status.attached_guest_state())
     }
 
     async fn end(&self, how: EndMethod) -> Result<EndedBy, BackendError> {
@@ -211,9 +211,9 @@ impl Vmm for AttachedQemuVmm {
         if self.guest.has_shut_down() {
             let _ = self.process.wait_for(EXIT_REPORT_TIMEOUT).await;
         }
-        let told = self.guest_state().await;
-        self.held.answered(&self.run.version, &told);
-        told
+        let reported = self.guest_state().await;
+        self.held.answered(&self.run.version, &reported);
+        reported
     }
 
     async fn kill(&self) -> Result<(), BackendError> {

@@ -248,16 +248,16 @@ fn a_spare_vmm_is_kept_beside_its_daemon_and_ended_without_one() {
         // The mark proves the owner, whichever other state directories use the runtime folder.
         facts.served = RuntimeDirUsers::Many;
         facts.survey = Survey { folders: vec![marked(uid, true, ours)], users: vec![vmm(5, uid)] };
-        let told = |facts: &ReconcileFacts, decision, why: &str| {
+        let reported = |facts: &ReconcileFacts, decision, why: &str| {
             let items = decide(facts, kill);
             assert_eq!(items.len(), 3);
             assert!(items.iter().all(|item| item.decision == decision), "{items:?}");
             assert!(items[0].reason.contains(why) && items[2].reason.contains(why), "{items:?}");
         };
         facts.daemon = true;
-        told(&facts, ItemDecision::Keep, "a spare VMM of backend qemu, which waits for a VM");
+        reported(&facts, ItemDecision::Keep, "a spare VMM of backend qemu, which waits for a VM");
         facts.daemon = false;
-        told(&facts, ItemDecision::Remove, "the next start of the daemon ends it");
+        reported(&facts, ItemDecision::Remove, "the next start of the daemon ends it");
     }
 }
 

@@ -33,8 +33,8 @@ fn a_domain_of_a_silent_libvirtd_runs_on_without_force() {
     let pid = vmm_pid(&run(&world, "vm", TinyGuest::Idle));
     libvirtd.freeze(true);
     let refused = world.call("ShutdownVm", &json!({"vm_id": "vm", "timeout_seconds": 2}));
-    let told = refused.error("unavailable");
-    assert!(told.contains("force"), "{told}");
+    let reported = refused.error("unavailable");
+    assert!(reported.contains("force"), "{reported}");
     assert!(is_alive(pid), "nobody has ended it");
     libvirtd.freeze(false);
     world.wait_for("vm", "reachable", phase_is("running"));

@@ -106,7 +106,7 @@ fn an_unknown_name_is_not_found() {
 }
 
 fn backends_and_health_show_the_available_backends() {
-    if !has_qemu("look::backends_and_health_show_the_available_backends") {
+    if !has_qemu("queries::backends_and_health_show_the_available_backends") {
         return;
     }
     let world = World::started(&[]);

@@ -1,4 +1,4 @@
-//! The arguments of the commands that look and wait.
+//! The arguments of the commands that read, watch and wait.
 
 use std::path::PathBuf;
 use std::time::Duration;
