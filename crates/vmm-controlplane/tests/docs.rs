@@ -149,7 +149,7 @@ fn parse_message(name: &str, json: &str) -> Option<Result<(), serde_json::Error>
     Some(among! {
         CreateVmRequest CreateVmResponse DeleteVmRequest DeleteVmResponse BootVmRequest BootVmResponse
         ShutdownVmRequest ShutdownVmResponse PauseVmRequest PauseVmResponse ResumeVmRequest ResumeVmResponse
-        RebootVmRequest RebootVmResponse GetVmInfoRequest GetVmInfoResponse ListVmsRequest ListVmsResponse
+        RebootVmRequest RebootVmResponse UpdateVmRequest UpdateVmResponse GetVmInfoRequest GetVmInfoResponse ListVmsRequest ListVmsResponse
         ValidateVmRequest ValidateVmResponse ListBackendsRequest ListBackendsResponse WaitVmRequest WatchVmsRequest
         ListVmEventsRequest StreamConsoleRequest WriteConsoleRequest
     })

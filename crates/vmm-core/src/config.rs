@@ -31,6 +31,8 @@ pub struct VmConfig {
     pub metadata: Options,
     /// The policy for the end of a run.
     pub restart_policy: Option<RestartPolicyConfig>,
+    /// True if DeleteVm is refused, also with force, until UpdateVm clears the protection.
+    pub delete_protection: bool,
 }
 
 /// Virtual CPUs as sent.

@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::caller::Caller;
-use crate::id::{VmId, VmUid};
+#[cfg(doc)]
+use crate::config_part::ConfigPart;
+use crate::id::{BackendName, VmId, VmUid};
 use crate::state::{EndedBy, Status, VmState};
+use crate::store::VmRecord;
 
 /// Position of an event in the log. The first is 1, and each later event has the next number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -35,6 +38,8 @@ pub enum EventKind {
     Reachable,
     /// A restarted daemon found the VM's VMM and took it over.
     Adopted,
+    /// UpdateVm changed the configuration.
+    Updated,
     /// A VM was removed.
     Deleted,
     /// A kind that this release does not know. A newer release wrote the event. Never written.
@@ -54,6 +59,7 @@ impl EventKind {
             Self::Unreachable => "unreachable",
             Self::Reachable => "reachable",
             Self::Adopted => "adopted",
+            Self::Updated => "updated",
             Self::Deleted => "deleted",
             Self::Unknown => "unknown",
         }
@@ -85,6 +91,52 @@ pub struct NewEvent {
     /// The VM's metadata, because a filter must find the events of a deleted VM too.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
+    /// The change of the configuration, if the event is one of an UpdateVm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update: Option<Box<ConfigChange>>,
+    /// The part of the VM that the other fields lack and that ListVms shows. `None` in events of
+    /// earlier releases and in the event of a deletion.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<VmSummary>,
+}
+
+/// A change of a VM's configuration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigChange {
+    /// The names of the parts that changed, as in [`ConfigPart::name`].
+    pub parts: Vec<String>,
+    /// The metadata before the change, if the metadata changed. A filter must find the event by
+    /// these labels too, because a watcher must learn that the VM has left its filter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata_before: Option<BTreeMap<String, String>>,
+}
+
+/// The properties of a VM that ListVms shows and that no other field of its events has.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSummary {
+    /// The backend.
+    pub backend: BackendName,
+    /// The virtual CPUs.
+    pub vcpus: i32,
+    /// The memory in bytes.
+    pub memory_bytes: i64,
+    /// The time of the creation in Unix milliseconds.
+    pub created_ms: i64,
+    /// The generation of the record with this event.
+    pub generation: u64,
+}
+
+impl VmSummary {
+    /// Returns the summary of `record`.
+    pub fn of(record: &VmRecord) -> Self {
+        Self {
+            backend: record.backend.clone(),
+            vcpus: record.config.cpu.as_ref().map_or(0, |cpu| cpu.vcpu_count),
+            memory_bytes: record.config.memory.as_ref().map_or(0, |memory| memory.size_bytes),
+            created_ms: record.created_ms,
+            generation: record.generation,
+        }
+    }
 }
 
 /// An event with its position in the log.

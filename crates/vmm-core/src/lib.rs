@@ -15,6 +15,7 @@ mod backend_error;
 pub mod caller;
 pub mod capabilities;
 pub mod config;
+pub mod config_part;
 pub mod discovery;
 pub mod event;
 mod health;

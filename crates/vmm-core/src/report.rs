@@ -109,6 +109,17 @@ impl CheckReport {
         warnings.into_iter().for_each(|warning| self.add_warning(warning));
     }
 
+    /// Removes the violations and the warnings whose field their function refuses.
+    pub fn keep(&mut self, violation: impl Fn(&str) -> bool, warning: impl Fn(&str) -> bool) {
+        let before = self.violations.len();
+        self.violations.retain(|found| violation(&found.field));
+        self.warnings.retain(|found| warning(&found.field));
+        if self.violations.len() < before && self.violations.is_empty() {
+            // The violations beyond the listed ones concern the same fields as those that went.
+            self.unlisted = 0;
+        }
+    }
+
     /// Returns true if the configuration can be served.
     pub fn is_ok(&self) -> bool {
         self.violations.is_empty()

@@ -74,6 +74,8 @@ pub enum VmOperation {
     Resume,
     /// RebootVm.
     Reboot,
+    /// UpdateVm.
+    Update,
     /// DeleteVm without force.
     Delete,
     /// DeleteVm with force.
@@ -82,12 +84,13 @@ pub enum VmOperation {
 
 impl VmOperation {
     /// Every request, in the order that messages list them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Boot,
         Self::Shutdown,
         Self::Pause,
         Self::Resume,
         Self::Reboot,
+        Self::Update,
         Self::Delete,
         Self::ForceDelete,
     ];
@@ -100,6 +103,7 @@ impl VmOperation {
             Self::Pause => "PauseVm",
             Self::Resume => "ResumeVm",
             Self::Reboot => "RebootVm",
+            Self::Update => "UpdateVm",
             Self::Delete => "DeleteVm",
             Self::ForceDelete => "DeleteVm with force",
         }
@@ -144,6 +148,11 @@ pub const fn admit(state: VmState, request: VmOperation) -> Admission {
 
         (VmState::Running, VmOperation::Reboot) => Do,
         (VmState::Created | VmState::Paused | VmState::Shutdown, VmOperation::Reboot) => Denied,
+
+        // The state decides which parts of the configuration can change, not whether any can.
+        (VmState::Created | VmState::Running | VmState::Paused | VmState::Shutdown, VmOperation::Update) => {
+            Do
+        }
 
         (VmState::Created | VmState::Shutdown, VmOperation::Delete) => Do,
         (VmState::Running | VmState::Paused, VmOperation::Delete) => Denied,
@@ -348,6 +357,7 @@ mod tests {
             VmOperation::Boot | VmOperation::Resume | VmOperation::Reboot => Some(VmState::Running),
             VmOperation::Shutdown => Some(observe(state, Observation::VmmGone)),
             VmOperation::Pause => Some(VmState::Paused),
+            VmOperation::Update => Some(state),
             VmOperation::Delete | VmOperation::ForceDelete => None,
         }
     }
@@ -362,6 +372,7 @@ mod tests {
             (R::Pause, [No, Yes, Same, No]),
             (R::Resume, [No, Same, Yes, No]),
             (R::Reboot, [No, Yes, No, No]),
+            (R::Update, [Yes, Yes, Yes, Yes]),
             (R::Delete, [Yes, No, No, Yes]),
             (R::ForceDelete, [Yes, Yes, Yes, Yes]),
         ];
@@ -398,7 +409,7 @@ mod tests {
         fn a_repeated_operation_is_already_done_or_denied(state in any_state(), request in any_request()) {
             if admit(state, request) == Admission::Do
                 && let Some(next) = target(state, request)
-                && request != VmOperation::Reboot
+                && !matches!(request, VmOperation::Reboot | VmOperation::Update)
             {
                 prop_assert_eq!(admit(next, request), Admission::AlreadyDone);
             }

@@ -9,6 +9,7 @@
 //!   ShutdownVm                 intent ─ (resumed) ─ asked … signalled ─ ended ─ outcome ──► answer
 //!   RebootVm   in place:       intent ─ applied ─ outcome ──► answer
 //!              otherwise:      intent ─ asked … ─ ended ─ reserved … launched ─ outcome ──► answer
+//!   UpdateVm   checked ─ outcome ─ taps-freed ──► answer
 //!   DeleteVm   intent ─ (run-ended) ─ vmm-ended ─ taps-freed ─ folder-removed ─ outcome ──► answer
 //!   a spare    folder-made ─ marked ─ (spawned ─ connected) ─ started
 //!   import     taken ─ committed        found again   taken ─ (committed with its state)
@@ -116,6 +117,13 @@ points! {
     /// The outcome is on record.
     RebootOutcomeCommitted = "reboot.outcome-committed",
 
+    /// An UpdateVm has been checked; nothing of it is on record.
+    UpdateChecked = "update.checked",
+    /// The new configuration is on record; the TAPs of removed interfaces exist.
+    UpdateOutcomeCommitted = "update.outcome-committed",
+    /// The TAPs of removed interfaces are gone; the client has no answer yet.
+    UpdateTapsFreed = "update.taps-freed",
+
     /// The intent of DeleteVm is on record.
     DeleteIntentCommitted = "delete.intent-committed",
     /// The run has ended. The VMM or libvirt, where one outlives runs, still has the VM.
@@ -159,6 +167,8 @@ impl FaultPoint {
             VmOperation::Resume => Self::ResumeIntentCommitted,
             VmOperation::Shutdown => Self::ShutdownIntentCommitted,
             VmOperation::Reboot => Self::RebootIntentCommitted,
+            // UpdateVm has no intent and no effect on a VMM: one commit is the whole of it.
+            VmOperation::Update => Self::UpdateChecked,
             VmOperation::Delete | VmOperation::ForceDelete => Self::DeleteIntentCommitted,
         }
     }
@@ -172,6 +182,7 @@ impl FaultPoint {
             VmOperation::Resume => Self::ResumeApplied,
             VmOperation::Shutdown => Self::ShutdownApplied,
             VmOperation::Reboot => Self::RebootApplied,
+            VmOperation::Update => Self::UpdateChecked,
             VmOperation::Delete | VmOperation::ForceDelete => Self::DeleteVmmEnded,
         }
     }
@@ -184,6 +195,7 @@ impl FaultPoint {
             VmOperation::Resume => Self::ResumeOutcomeCommitted,
             VmOperation::Shutdown => Self::ShutdownOutcomeCommitted,
             VmOperation::Reboot => Self::RebootOutcomeCommitted,
+            VmOperation::Update => Self::UpdateOutcomeCommitted,
             VmOperation::Delete | VmOperation::ForceDelete => Self::DeleteOutcomeCommitted,
         }
     }

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use vmm_core::backend::{Backend, Effect};
 use vmm_core::caller::Caller;
 use vmm_core::config::VmConfig;
-use vmm_core::event::{EventKind, NewEvent};
+use vmm_core::event::{EventKind, NewEvent, VmSummary};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::reason::Reason;
 use vmm_core::report::{CheckReport, Warning};
@@ -60,6 +60,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         record: Arc::clone(&created.record),
         ended_by: None,
         left_behind: Vec::new(),
+        warnings: Vec::new(),
     });
     Ok(created)
 }
@@ -178,6 +179,8 @@ async fn put_on_record(
         caller,
         ended_by: None,
         metadata: record.config.metadata.clone(),
+        update: None,
+        summary: Some(VmSummary::of(record)),
     };
     let insert =
         Commit { change: RecordChange::Insert(Box::new(record.clone())), event: Some(event.clone()) };
@@ -225,6 +228,7 @@ async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
     let event = NewEvent {
         kind: EventKind::Deleted,
         status: created.status.clone().because(Reason::CreateFailed, "the creation could not be recorded"),
+        summary: None,
         ..created
     };
     let removal = Commit { change: RecordChange::Remove(record.uid), event: Some(event) };

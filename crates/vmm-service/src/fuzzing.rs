@@ -80,6 +80,8 @@ fn event(seq: u64) -> VmEvent {
         caller: Caller::named("somebody"),
         ended_by: None,
         metadata: [].into(),
+        update: None,
+        summary: None,
     };
     VmEvent { seq: EventSeq(seq), event }
 }

@@ -18,12 +18,13 @@ use tokio::time::Instant;
 use vmm_core::caller::Caller;
 use vmm_core::discovery::DiscoveredVm;
 use vmm_core::id::VmUid;
-use vmm_core::report::FieldReport;
+use vmm_core::report::{FieldReport, Warning};
 use vmm_core::state::{EndedBy, VmOperation};
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
 use crate::operation_count::OperationGuard;
+use crate::update::ConfigUpdate;
 
 /// The number of operations that may wait for one VM.
 const ASKED_LIMIT: usize = 32;
@@ -40,6 +41,8 @@ pub(crate) struct OperationRequest {
     pub(crate) guest_timeout: Option<Duration>,
     /// The caller.
     pub(crate) caller: Caller,
+    /// The change of the configuration, for an UpdateVm. `None` for every other operation.
+    pub(crate) update: Option<Box<ConfigUpdate>>,
 }
 
 impl OperationRequest {
@@ -48,7 +51,11 @@ impl OperationRequest {
         match self.request {
             VmOperation::ForceDelete => true,
             VmOperation::Shutdown | VmOperation::Reboot => self.guest_timeout.is_none(),
-            VmOperation::Boot | VmOperation::Pause | VmOperation::Resume | VmOperation::Delete => false,
+            VmOperation::Boot
+            | VmOperation::Pause
+            | VmOperation::Resume
+            | VmOperation::Update
+            | VmOperation::Delete => false,
         }
     }
 }
@@ -62,6 +69,8 @@ pub struct OperationOutcome {
     pub ended_by: Option<EndedBy>,
     /// The things on the host that could not be freed.
     pub left_behind: Vec<FieldReport>,
+    /// The parts of a changed configuration that the backend ignores or emulates.
+    pub warnings: Vec<Warning>,
 }
 
 /// An operation that waits for its actor, with the channel to its client.
@@ -245,7 +254,7 @@ mod tests {
     use crate::operation_count::OperationCounter;
 
     fn operation(request: VmOperation) -> OperationRequest {
-        OperationRequest { request, guest_timeout: None, caller: Caller::system() }
+        OperationRequest { request, guest_timeout: None, caller: Caller::system(), update: None }
     }
 
     #[tokio::test]

@@ -144,6 +144,7 @@ pub(crate) fn unrequested(event: &NewEvent, backend: &BackendName, is_logged: bo
         EventKind::StateChanged
         | EventKind::OperationStarted
         | EventKind::OperationFailed
+        | EventKind::Updated
         | EventKind::Deleted
         | EventKind::Unknown => leveled!("the VM changed without a request"),
     }

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use vmm_core::backend::Backend;
 use vmm_core::caller::Caller;
 use vmm_core::discovery::{DiscoveredVm, Discovery, DiscoveryEvent, Places};
-use vmm_core::event::{EventKind, NewEvent};
+use vmm_core::event::{EventKind, NewEvent, VmSummary};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
@@ -301,6 +301,8 @@ fn event_of_import(record: &VmRecord) -> NewEvent {
         caller: Caller::system(),
         ended_by: None,
         metadata: record.config.metadata.clone(),
+        update: None,
+        summary: Some(VmSummary::of(record)),
     }
 }
 
@@ -345,8 +347,12 @@ async fn free_name(shared: &Shared, names: &[VmId]) -> Option<(VmId, tokio::sync
 async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
     let Some(record) = shared.index.at_place(backend, place).filter(|record| record.imported) else { return };
     let Some(handle) = shared.index.actor(&record.vm_id) else { return };
-    let operation =
-        OperationRequest { request: VmOperation::Delete, guest_timeout: None, caller: Caller::system() };
+    let operation = OperationRequest {
+        request: VmOperation::Delete,
+        guest_timeout: None,
+        caller: Caller::system(),
+        update: None,
+    };
     let (actor, asked) = (operation.caller.clone(), Instant::now());
     let ending = Ending {
         operation: VmOperation::Delete.method(),

@@ -15,7 +15,7 @@ use vmm_core::state::{VmOperation, VmState};
 use vmm_core::store::{Snapshot, Store, VmRecord, VmRequest};
 use vmm_host::net::tap::{HostTaps, Taps};
 
-use crate::actor::{self, ActorOrigin, NewActor};
+use crate::actor::{self, ActorOrigin, KnownTaps, NewActor};
 use crate::backends::{BackendStatus, Backends};
 use crate::check::FileChecks;
 use crate::claims::Claims;
@@ -36,6 +36,7 @@ use crate::settings::Settings;
 use crate::shared::Shared;
 use crate::spares::{self, SpareManager};
 use crate::tombstones;
+use crate::update::{self, ConfigUpdate};
 use crate::validate;
 use crate::wait;
 
@@ -119,11 +120,11 @@ impl VmService {
         let vms_on_record = vms.len() + unreadable.len();
         let events = Arc::new(Events::new(store, instance, last_event, settings.event_retention));
         tokio::spawn(events::expire_for_ever(Arc::downgrade(&events)));
-        // A VM that never ran and is not being started owns no TAP. A TAP with its label was made
-        // by a start that died.
-        let owners = vms.iter().filter(|vm| vm.state != VmState::Created || vm.intent.is_some());
-        let owners = owners.map(|vm| vm.uid).chain(unreadable.iter().map(|vm| vm.record.uid));
-        actor::remove_orphans(&*taps, instance, &owners.collect()).await;
+        // A TAP with the label of a VM that does not own it was made by a start that died.
+        let mut known_taps = KnownTaps::default();
+        vms.iter().for_each(|vm| known_taps.add(vm));
+        unreadable.iter().for_each(|vm| known_taps.add_unknown(vm.record.uid));
+        actor::remove_orphans(&*taps, instance, &known_taps).await;
         let spares = SpareManager::new(settings.spare_vmms);
         let shared = Arc::new(Shared {
             events,
@@ -288,10 +289,40 @@ impl VmService {
         force: bool,
         caller: Caller,
     ) -> Result<OperationOutcome, ServiceError> {
+        // A forced operation pre-empts the one in progress, which a refusal must not do. The actor
+        // checks the protection again, because an UpdateVm may be waiting in its queue.
+        if let Ok(view) = self.get(vm_id) {
+            update::check_protection(&view.record, &caller)?;
+        }
         if force {
             return self.force(vm_id, VmOperation::ForceDelete, caller).await;
         }
         self.ask(vm_id, VmOperation::Delete, None, caller).await
+    }
+
+    /// Replaces parts of a VM's configuration.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ServiceError::Invalid`] with every violation, [`ServiceError::Precondition`] if the
+    /// VM's state or owner forbids the change of a part, [`ServiceError::Aborted`] if the VM has
+    /// another generation than the caller requires, or the store's failure.
+    pub async fn update(
+        &self,
+        vm_id: &str,
+        update: ConfigUpdate,
+        caller: Caller,
+    ) -> Result<OperationOutcome, ServiceError> {
+        update.check_request()?;
+        let message = OperationRequest {
+            request: VmOperation::Update,
+            guest_timeout: None,
+            caller,
+            update: Some(Box::new(update)),
+        };
+        let handle = self.handle(vm_id)?;
+        let answer = handle.ask(message, self.shared.under_way.begin()).await;
+        self.answer(vm_id, handle.uid, answer)
     }
 
     /// Finds a VM. Never waits for a VMM.
@@ -388,7 +419,7 @@ impl VmService {
         guest_timeout: Option<Duration>,
         caller: Caller,
     ) -> Result<OperationOutcome, ServiceError> {
-        let message = OperationRequest { request, guest_timeout, caller };
+        let message = OperationRequest { request, guest_timeout, caller, update: None };
         let handle = self.handle(vm_id)?;
         let answer = handle.ask(message, self.shared.under_way.begin()).await;
         self.answer(vm_id, handle.uid, answer)
@@ -400,7 +431,7 @@ impl VmService {
         request: VmOperation,
         caller: Caller,
     ) -> Result<OperationOutcome, ServiceError> {
-        let message = OperationRequest { request, guest_timeout: None, caller };
+        let message = OperationRequest { request, guest_timeout: None, caller, update: None };
         let handle = self.handle(vm_id)?;
         let answer = handle.force(message, self.shared.under_way.begin()).await;
         self.answer(vm_id, handle.uid, answer)

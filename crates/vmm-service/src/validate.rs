@@ -8,21 +8,21 @@
 //!       too much to check
 //! ```
 
-use std::collections::HashSet;
 use std::sync::{Arc, LazyLock};
 
 use vmm_core::backend::Backend;
-use vmm_core::config::{BootConfig, VmConfig};
+use vmm_core::config::VmConfig;
+use vmm_core::config_part::ConfigPart;
 use vmm_core::id::VmUid;
 use vmm_core::kind::VmKind;
 use vmm_core::report::CheckReport;
-use vmm_core::spec::{MacAddr, VmSpec, too_many};
-use vmm_core::store::VmRequest;
+use vmm_core::spec::{Console, Disk, NamedFiles, VmSpec, too_many};
+use vmm_core::store::{VmRecord, VmRequest};
 
 use crate::check::{FileCheckPurpose, FileCheckTerms};
 use crate::error::ServiceError;
 use crate::places;
-use crate::settings::DefaultBoot;
+use crate::resolve::resolve;
 use crate::shared::Shared;
 
 /// The amount of memory, in bytes, below which no Linux guest starts.
@@ -66,24 +66,107 @@ pub(crate) async fn check_config(
     if let Some(spec) = &spec {
         report.merge(check_spec(shared, backend.as_deref(), spec, uid));
     }
-    // The files are looked at even if the configuration is refused already, so that the client gets
-    // every problem at once.
     let terms =
         FileCheckTerms::of(FileCheckPurpose::Create, backend.as_ref().map(|backend| backend.capabilities()));
+    check_named_files(shared, &mut report, files, terms, &requested.config, &config).await?;
+    Ok(CheckedRequest { config, report, accepted: spec.and(backend) })
+}
+
+/// A new configuration of a VM on record.
+#[derive(Clone, Copy)]
+pub(crate) struct ConfigRevision<'a> {
+    /// The VM with its present configuration.
+    pub(crate) record: &'a VmRecord,
+    /// The new configuration before the program's own values were filled in.
+    pub(crate) sent: &'a VmConfig,
+    /// The new configuration.
+    pub(crate) config: &'a VmConfig,
+    /// The parts that differ from the present configuration.
+    pub(crate) changed: &'a [ConfigPart],
+}
+
+/// Runs the checks of CreateVm on a new configuration of a VM on record, with two differences. Only
+/// files that the change names are looked at, because the guest may have written anything to the
+/// disks that stay. A change that leaves the machine as it is is not refused for a violation of
+/// another part, because it could not cause one.
+///
+/// # Errors
+///
+/// As [`check_config`].
+pub(crate) async fn check_revision(
+    shared: &Shared,
+    backend: &dyn Backend,
+    revision: ConfigRevision<'_>,
+) -> Result<CheckReport, ServiceError> {
+    let ConfigRevision { record, sent, config, changed } = revision;
+    if let Some(report) = too_many(config) {
+        return Ok(report);
+    }
+    let mut report = CheckReport::default();
+    let (spec, files) = VmSpec::parse_with_files(config);
+    match spec {
+        Ok(spec) => report.merge(check_spec(shared, Some(backend), &spec, record.uid)),
+        Err(violations) => report.merge(violations),
+    }
+    let concerns = |field: &str| changed.iter().any(|part| part.holds(field));
+    if record.imported {
+        report.keep(concerns, concerns);
+    } else if !changed.iter().any(|part| part.is_machine()) {
+        report.keep(concerns, |_| true);
+    }
+    let terms = FileCheckTerms::of(FileCheckPurpose::Create, Some(backend.capabilities()));
+    let files = changed_files(files, revision);
+    check_named_files(shared, &mut report, files, terms, sent, config).await?;
+    Ok(report)
+}
+
+/// Returns those of `files` that a change names.
+fn changed_files(files: NamedFiles, revision: ConfigRevision<'_>) -> NamedFiles {
+    let ConfigRevision { record, config, changed, .. } = revision;
+    let is_changed = |part: ConfigPart| changed.contains(&part);
+    let NamedFiles { kernel, initrd, mut disks, console, names_root } = files;
+    let stays = |disk: &Disk| {
+        config.storage.get(disk.index).is_some_and(|device| record.config.storage.contains(device))
+    };
+    disks.retain(|disk| is_changed(ConfigPart::Storage) && !stays(disk));
+    // A console whose file stays is not looked at, because the VM may have made the file. A new file
+    // must not exist.
+    let output = |config: &VmConfig| config.console.as_ref().map(|console| console.output.clone());
+    let same_output = output(config) == output(&record.config);
+    NamedFiles {
+        kernel: kernel.filter(|_| is_changed(ConfigPart::Boot)),
+        initrd: initrd.filter(|_| is_changed(ConfigPart::Boot)),
+        disks,
+        console: if same_output { Console::Off } else { console },
+        names_root,
+    }
+}
+
+/// Looks at `files` and adds the findings to `report`. The files are looked at even if the
+/// configuration is refused already, so that the client gets every problem at once. `config` is the
+/// configuration that `sent` was resolved to.
+async fn check_named_files(
+    shared: &Shared,
+    report: &mut CheckReport,
+    files: NamedFiles,
+    terms: FileCheckTerms,
+    sent: &VmConfig,
+    config: &VmConfig,
+) -> Result<(), ServiceError> {
     match shared.file_checks.check(files, terms).await {
         Ok(mut facts) => {
-            name_default_boot(&mut facts.report, &requested.config, &config);
+            name_default_boot(&mut facts.report, sent, config);
             report.merge(facts.report);
             if let Some(limit) = facts.limit.filter(|_| report.is_ok()) {
                 let text = format!("the host's files could not be examined: {}", limit.advice());
                 return Err(ServiceError::exhausted(text));
             }
+            Ok(())
         }
-        Err(silent) if report.is_ok() => return Err(ServiceError::unavailable(silent.to_string())),
+        Err(silent) if report.is_ok() => Err(ServiceError::unavailable(silent.to_string())),
         // The client has to correct the request first.
-        Err(_) => {}
+        Err(_) => Ok(()),
     }
-    Ok(CheckedRequest { config, report, accepted: spec.and(backend) })
 }
 
 /// Names the settings in the violations of files that the host named instead of the client.
@@ -216,92 +299,11 @@ fn advise_on_capacity(report: &mut CheckReport, spec: &VmSpec, host: HostCapacit
     }
 }
 
-/// Fills in the values that the client left to the program: the default kernel, device ids, MACs
-/// and TAP names.
-fn resolve(sent: &VmConfig, uid: VmUid, defaults: &DefaultBoot) -> VmConfig {
-    let mut config = sent.clone();
-    let boot = config.boot.get_or_insert_with(BootConfig::default);
-    if boot.kernel_path.is_empty()
-        && !boot.boot_options.contains_key("firmware")
-        && !defaults.kernel.is_empty()
-    {
-        boot.kernel_path.clone_from(&defaults.kernel);
-        boot.initrd_path.clone_from(&defaults.initrd);
-        if boot.kernel_args.is_empty() {
-            boot.kernel_args.clone_from(&defaults.kernel_args);
-        }
-    }
-    fill_ids(config.storage.iter_mut().map(|disk| &mut disk.id), "disk");
-    fill_ids(config.network.iter_mut().map(|nic| &mut nic.id), "net");
-    for (index, nic) in config.network.iter_mut().enumerate() {
-        if nic.mac_address.is_empty() {
-            nic.mac_address = MacAddr(uid.mac(index)).to_string();
-        }
-        if nic.tap_device.is_empty() {
-            nic.tap_device = uid.tap_name(index);
-        }
-    }
-    config
-}
-
-/// Names devices `disk0`, `disk1` … by their position, and skips names that are taken.
-fn fill_ids<'a>(ids: impl Iterator<Item = &'a mut String>, prefix: &str) {
-    let ids: Vec<&mut String> = ids.collect();
-    let mut taken: HashSet<String> = ids.iter().map(|id| id.to_string()).collect();
-    // A number that is taken for one device is taken for all that follow, so the numbers are walked
-    // once.
-    let mut next = 0;
-    for (index, id) in ids.into_iter().enumerate() {
-        if !id.is_empty() {
-            continue;
-        }
-        next = next.max(index);
-        while !taken.insert(format!("{prefix}{next}")) {
-            next += 1;
-        }
-        *id = format!("{prefix}{next}");
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
-    use vmm_core::config::{NetworkInterface, StorageDevice};
+    use vmm_core::config::BootConfig;
 
     use super::*;
-
-    fn uid() -> VmUid {
-        VmUid::new(Uuid::now_v7())
-    }
-
-    #[test]
-    fn omitted_names_are_generated_and_given_names_are_kept() {
-        let named = StorageDevice { id: "disk0".to_owned(), ..StorageDevice::default() };
-        let tap = NetworkInterface { tap_device: "tap0".to_owned(), ..NetworkInterface::default() };
-        let sent = VmConfig {
-            storage: vec![StorageDevice::default(), named],
-            network: vec![NetworkInterface::default(), tap],
-            ..VmConfig::default()
-        };
-        let uid = uid();
-        let config = resolve(&sent, uid, &DefaultBoot::default());
-        let ids: Vec<_> = config.storage.iter().map(|disk| disk.id.as_str()).collect();
-        assert_eq!(ids, ["disk1", "disk0"]);
-        assert_ne!(config.network[0].mac_address, config.network[1].mac_address);
-        assert_eq!(config.network[1].id, "net1");
-        let taps: Vec<_> = config.network.iter().map(|nic| nic.tap_device.as_str()).collect();
-        assert_eq!(taps, [uid.tap_name(0).as_str(), "tap0"]);
-    }
-
-    #[test]
-    fn hundreds_of_thousands_of_devices_are_completed_in_one_pass() {
-        let mut ids = vec![String::new(); 381_000];
-        ids[380_999] = "disk7".to_owned();
-        fill_ids(ids.iter_mut(), "disk");
-        assert_eq!((ids[6].as_str(), ids[7].as_str(), ids[8].as_str()), ("disk6", "disk8", "disk9"));
-        let distinct: HashSet<_> = ids.iter().collect();
-        assert_eq!(distinct.len(), ids.len());
-    }
 
     #[test]
     fn sizes_beyond_this_host_are_warnings() {
@@ -326,20 +328,5 @@ mod tests {
         assert_eq!(warned(1, 1 << 20), [memory]);
         assert_eq!(warned(200, 1 << 40), [memory, cpu]);
         assert!(HostCapacity::of_this_host().memory > 0 && HostCapacity::of_this_host().cpus > 0);
-    }
-
-    #[test]
-    fn the_default_kernel_is_used_only_without_a_kernel() {
-        let defaults = DefaultBoot {
-            kernel: "/k".to_owned(),
-            initrd: "/i".to_owned(),
-            kernel_args: "console=ttyS0".to_owned(),
-        };
-        let filled = resolve(&VmConfig::default(), uid(), &defaults).boot.unwrap();
-        assert_eq!((filled.kernel_path.as_str(), filled.initrd_path.as_str()), ("/k", "/i"));
-        assert_eq!(filled.kernel_args, "console=ttyS0");
-        let own = BootConfig { kernel_path: "/own".to_owned(), ..BootConfig::default() };
-        let kept = resolve(&VmConfig { boot: Some(own.clone()), ..VmConfig::default() }, uid(), &defaults);
-        assert_eq!(kept.boot, Some(own), "defaults are used together or not at all");
     }
 }

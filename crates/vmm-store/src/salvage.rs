@@ -126,6 +126,8 @@ pub(crate) fn event(row: &EncodedEvent, why: &str) -> Option<NewEvent> {
         caller: read(&Value::Object(object.0.clone())).unwrap_or_else(|| Caller::named("")),
         ended_by: object.get("ended_by").unwrap_or(None),
         metadata: object.get("metadata").unwrap_or_default(),
+        update: object.get("update").unwrap_or(None),
+        summary: object.get("summary").unwrap_or(None),
     })
 }
 

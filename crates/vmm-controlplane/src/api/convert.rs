@@ -17,12 +17,12 @@ use super::capabilities::{endpoint_mode, words};
 use super::size;
 
 /// Converts Unix milliseconds to Unix seconds.
-fn seconds(ms: i64) -> i64 {
+pub(super) fn seconds(ms: i64) -> i64 {
     ms.div_euclid(1000)
 }
 
 /// Converts a count, which cannot be negative, to the wire's signed type.
-fn count(number: u64) -> i64 {
+pub(super) fn count(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
@@ -111,6 +111,7 @@ pub(crate) fn config_from_pb(config: pb::VmConfig) -> VmConfig {
             mode: policy.mode.to_i32(),
             max_restarts: policy.max_restarts,
         }),
+        delete_protection: config.delete_protection,
     }
 }
 
@@ -145,6 +146,7 @@ pub(crate) fn config_to_pb(config: &VmConfig) -> pb::VmConfig {
         console: config.console.as_ref().map(console_to_pb).into(),
         metadata: config.metadata.clone(),
         restart_policy: config.restart_policy.as_ref().map(restart_to_pb).into(),
+        delete_protection: config.delete_protection,
         ..Default::default()
     }
 }
@@ -374,7 +376,8 @@ mod tests {
             "network": [{"id": "n", "mac_address": "m", "tap_device": "t", "interface_type": "w", "options": {"j": "l"}}],
             "console": {"enabled": true, "output": "o", "input": "in", "console_type": "ct"},
             "metadata": {"q": "r"},
-            "restart_policy": {"mode": "RESTART_MODE_ALWAYS", "max_restarts": 9}
+            "restart_policy": {"mode": "RESTART_MODE_ALWAYS", "max_restarts": 9},
+            "delete_protection": true
         }"#;
         serde_json::from_str(json).unwrap()
     }

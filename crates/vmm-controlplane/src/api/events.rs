@@ -1,10 +1,14 @@
 //! The handlers of WatchVms, ListVmEvents and WaitVm.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use connectrpc::{ConnectError, RequestContext};
 use futures::{Stream, stream};
+use vmm_core::event::{NewEvent, VmSummary};
+use vmm_core::id::{VmId, VmUid};
 use vmm_core::report::FieldReport;
+use vmm_core::state::{Status, VmState};
 use vmm_core::store::VmRecord;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
@@ -12,7 +16,7 @@ use vmm_service::{
     EventsPage, EventsQuery, PresentVm, RecordedEvent, ServiceError, VmService, WatchMessage, WatchQuery,
 };
 
-use super::convert::{state_to_pb, states_from_pb, status_to_pb};
+use super::convert::{count, seconds, state_to_pb, states_from_pb, status_to_pb};
 use super::error::to_connect;
 use super::{keepalive, size};
 
@@ -31,12 +35,13 @@ pub(super) async fn watch(
         vm_id: request.vm_id,
         metadata: request.metadata_filter,
     };
+    let include_info = request.include_info;
     let watch = service.watch(query).await.map_err(to_connect)?;
     // The stream ends after the first error.
-    let events = stream::unfold(Some(watch), |watch| async {
+    let events = stream::unfold(Some(watch), move |watch| async move {
         let mut watch = watch?;
         match watch.next().await {
-            Ok(notice) => Some((Ok(notice_to_pb(notice)), Some(watch))),
+            Ok(notice) => Some((Ok(notice_to_pb(notice, include_info)), Some(watch))),
             Err(error) => Some((Err(to_connect(error)), None)),
         }
     });
@@ -57,7 +62,7 @@ pub(super) async fn list(
         EventsQuery { vm_id: request.vm_id, page_size: request.page_size, page_token: request.page_token };
     loop {
         let EventsPage { events, next_page_token } = service.list_events(&query).await.map_err(to_connect)?;
-        let events: Vec<_> = events.into_iter().map(recorded_to_pb).collect();
+        let events: Vec<_> = events.into_iter().map(|event| recorded_to_pb(event, false)).collect();
         let fitting = size::fitting(&events);
         if fitting == events.len() {
             return Ok(pb::ListVmEventsResponse { events, next_page_token, ..Default::default() });
@@ -112,20 +117,25 @@ fn reached_to_pb(record: &VmRecord) -> pb::WaitVmResponse {
     }
 }
 
-fn notice_to_pb(notice: WatchMessage) -> pb::VmEvent {
+/// Converts a notice. With `include_info` the event carries the VM as ListVms showed it.
+fn notice_to_pb(notice: WatchMessage, include_info: bool) -> pb::VmEvent {
     match notice {
-        WatchMessage::Present(present) => present_to_pb(present),
+        WatchMessage::Present(present) => present_to_pb(present, include_info),
         WatchMessage::Synced { token, time_ms } => {
             pb::VmEvent { token, time: time_ms, r#type: "synced".to_owned(), ..Default::default() }
         }
-        WatchMessage::Change(recorded) => recorded_to_pb(recorded),
+        WatchMessage::Change(recorded) => recorded_to_pb(recorded, include_info),
     }
 }
 
 /// Converts a present state. The event has no token, because a client that is cut off before
 /// "synced" has not received every VM and must begin again.
-fn present_to_pb(present: PresentVm) -> pb::VmEvent {
-    let PresentVm { vm_id, uid, time_ms, state, status, ended_by } = present;
+fn present_to_pb(present: PresentVm, include_info: bool) -> pb::VmEvent {
+    let PresentVm { vm_id, uid, time_ms, state, status, ended_by, metadata, summary } = present;
+    let info = summary.filter(|_| include_info).map(|summary| {
+        let vm = VmAtEvent { vm_id: &vm_id, uid, time_ms, state, status: &status, metadata: &metadata };
+        vm.info(&summary)
+    });
     pb::VmEvent {
         time: time_ms,
         vm_id: vm_id.to_string(),
@@ -134,13 +144,18 @@ fn present_to_pb(present: PresentVm) -> pb::VmEvent {
         state: state_to_pb(state).into(),
         status: status_to_pb(&status).into(),
         ended_by: ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
+        info: info.into(),
         ..Default::default()
     }
 }
 
-fn recorded_to_pb(recorded: RecordedEvent) -> pb::VmEvent {
+fn recorded_to_pb(recorded: RecordedEvent, include_info: bool) -> pb::VmEvent {
     let RecordedEvent { token, event } = recorded;
     let event = &event.event;
+    let info = event.summary.as_ref().filter(|_| include_info).map(|summary| {
+        let NewEvent { vm_id, uid, time_ms, state, status, metadata, .. } = event;
+        VmAtEvent { vm_id, uid: *uid, time_ms: *time_ms, state: *state, status, metadata }.info(summary)
+    });
     pb::VmEvent {
         token,
         time: event.time_ms,
@@ -152,7 +167,41 @@ fn recorded_to_pb(recorded: RecordedEvent) -> pb::VmEvent {
         cause: event.cause.clone(),
         actor: event.caller.to_string(),
         ended_by: event.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
+        info: info.into(),
+        fields: event.update.as_ref().map(|update| update.parts.clone()).unwrap_or_default(),
         ..Default::default()
+    }
+}
+
+/// A VM at one event, without its summary.
+struct VmAtEvent<'a> {
+    vm_id: &'a VmId,
+    uid: VmUid,
+    /// The time of the event, which is the time of the last change, in Unix milliseconds.
+    time_ms: i64,
+    state: VmState,
+    status: &'a Status,
+    metadata: &'a BTreeMap<String, String>,
+}
+
+impl VmAtEvent<'_> {
+    /// Returns the entry of ListVms at the event.
+    fn info(&self, summary: &VmSummary) -> pb::VmInfo {
+        let VmSummary { backend, vcpus, memory_bytes, created_ms, generation } = summary;
+        pb::VmInfo {
+            vm_id: self.vm_id.to_string(),
+            state: state_to_pb(self.state).into(),
+            vcpu_count: *vcpus,
+            memory_size_bytes: *memory_bytes,
+            created_timestamp: seconds(*created_ms),
+            modified_timestamp: seconds(self.time_ms),
+            metadata: self.metadata.clone(),
+            backend: backend.to_string(),
+            status: status_to_pb(self.status).into(),
+            generation: count(*generation),
+            uid: self.uid.to_string(),
+            ..Default::default()
+        }
     }
 }
 

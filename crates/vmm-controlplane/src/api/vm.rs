@@ -4,10 +4,11 @@ use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, Service
 use vmm_core::store::VmRequest;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
-use vmm_service::{CreateRequest, ListQuery, ServiceError, ShutdownOptions, VmService};
+use vmm_service::{ConfigUpdate, CreateRequest, ListQuery, ServiceError, ShutdownOptions, VmService};
 
 use super::convert::{
-    backend_to_pb, config_from_pb, info_to_pb, reports_to_pb, state_to_pb, states_from_pb, summary_to_pb,
+    backend_to_pb, config_from_pb, count, info_to_pb, reports_to_pb, state_to_pb, states_from_pb,
+    summary_to_pb,
 };
 use super::error::to_connect;
 use super::{events, size};
@@ -153,6 +154,31 @@ impl pb::VmService for VmHandlers {
             success: true,
             state: state_to_pb(outcome.record.state).into(),
             ended_by: outcome.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
+            ..Default::default()
+        })
+    }
+
+    async fn update_vm(
+        &self,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::UpdateVmRequest>,
+    ) -> ServiceResult<pb::UpdateVmResponse> {
+        record_vm_id(&ctx, request.vm_id);
+        let request = request.to_owned_message();
+        let update = ConfigUpdate {
+            config: config_from_pb(request.config.into_option().unwrap_or_default()),
+            fields: request.fields,
+            if_generation: request.if_generation,
+        };
+        let outcome = self
+            .service
+            .update(&request.vm_id, update, caller(ctx.extensions()))
+            .await
+            .map_err(to_connect)?;
+        Response::ok(pb::UpdateVmResponse {
+            state: state_to_pb(outcome.record.state).into(),
+            generation: count(outcome.record.generation),
+            warnings: reports_to_pb(outcome.warnings),
             ..Default::default()
         })
     }

@@ -70,6 +70,7 @@ pub fn request(input: &[u8]) {
         "ListVmEvents" => call.read(|_: pb::ListVmEventsRequest| ()),
         "ShutdownVm" => call.read(|_: pb::ShutdownVmRequest| ()),
         "RebootVm" => call.read(|_: pb::RebootVmRequest| ()),
+        "UpdateVm" => call.read(|request: pb::UpdateVmRequest| config(request.config.into_option())),
         "DeleteVm" => call.read(|_: pb::DeleteVmRequest| ()),
         "GetVmInfo" => call.read(|_: pb::GetVmInfoRequest| ()),
         "StreamConsole" => call.read(|_: pb::StreamConsoleRequest| ()),

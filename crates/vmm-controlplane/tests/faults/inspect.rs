@@ -162,7 +162,7 @@ pub(crate) fn acknowledged(case: &Case) {
     let log = log(case);
     for (uid, method) in &case.acknowledged {
         let found = log.as_array().unwrap().iter().any(|event| {
-            let done = ["created", "state-changed"].iter().any(|kind| event["type"] == *kind);
+            let done = ["created", "state-changed", "updated"].iter().any(|kind| event["type"] == *kind);
             event["uid"] == **uid && event["cause"] == *method && done
         });
         assert!(found, "{method} was acknowledged and is not in the log: {log:#}");

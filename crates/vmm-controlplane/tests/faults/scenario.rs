@@ -40,6 +40,10 @@ const REBOOT_BY_FORCE: Call = Call::with("RebootVm", r#"{"force": true}"#);
 const DELETE: Call = Call::new("DeleteVm");
 const DELETE_BY_FORCE: Call = Call::with("DeleteVm", r#"{"force": true}"#);
 
+/// Removes the network interface, whose TAP the program has made.
+const UPDATE_MACHINE: Call = Call::with("UpdateVm", r#"{"fields": ["network"]}"#);
+const UPDATE_LABELS: Call = Call::with("UpdateVm", r#"{"config": {"metadata": {"team": "blue"}}}"#);
+
 /// With a guest that is deaf: what follows the asking comes soon.
 const SHUTDOWN_SOON: Call = Call::with("ShutdownVm", r#"{"timeout_seconds": 1}"#);
 
@@ -244,6 +248,8 @@ impl Scenario {
             .without_resets(),
         Self::new("reboot, twice", &[BOOT], REBOOT, RUNNING, RUNNING).twice(),
         Self::new("restart by policy", &[BOOT], VMM_DIES, RUNNING, RUNNING).twice(),
+        Self::new("update", &[BOOT, SHUTDOWN_BY_FORCE], UPDATE_MACHINE, SHUT_DOWN, SHUT_DOWN).on(MANAGED),
+        Self::new("update of a running one", &[BOOT], UPDATE_LABELS, RUNNING, RUNNING).on(PLACED),
         Self::new("delete", &[], DELETE, CREATED, VmCondition::Nowhere).on(&[
             Backend::AttachedCloudHypervisor,
             Backend::AttachedFirecracker,
@@ -279,6 +285,11 @@ impl Scenario {
 
     pub(crate) fn runs_on(&self, hypervisor: Backend) -> bool {
         self.on.contains(&hypervisor) || (hypervisor == Backend::Fake && !self.not_on_the_fake)
+    }
+
+    /// Whether the operation removes the VM's network interface.
+    pub(crate) fn removes_its_interface(&self) -> bool {
+        self.call.options == UPDATE_MACHINE.options
     }
 
     /// Whether the guest does as it is asked.

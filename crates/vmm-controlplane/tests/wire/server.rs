@@ -264,6 +264,14 @@ impl pb::VmService for Echo {
         not_in_this_test()
     }
 
+    async fn update_vm(
+        &self,
+        _ctx: RequestContext,
+        _request: Request<'_, pb::UpdateVmRequest>,
+    ) -> ServiceResult<pb::UpdateVmResponse> {
+        not_in_this_test()
+    }
+
     async fn reboot_vm(
         &self,
         _ctx: RequestContext,

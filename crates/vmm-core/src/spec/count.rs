@@ -23,7 +23,17 @@ const MAX_CONFIG: usize = 512 << 10;
 /// Returns the violations of a configuration that holds too much to be checked; `None` for any
 /// other.
 pub fn too_many(config: &VmConfig) -> Option<CheckReport> {
-    let VmConfig { cpu, memory, boot, storage, network, console, metadata, restart_policy: _ } = config;
+    let VmConfig {
+        cpu,
+        memory,
+        boot,
+        storage,
+        network,
+        console,
+        metadata,
+        restart_policy: _,
+        delete_protection: _,
+    } = config;
     let mut count = PartCounter { report: CheckReport::default(), size: 0 };
     if let Some(CpuConfig { vcpu_count: _, max_vcpu_count: _, topology: _, features }) = cpu {
         count.map("config.cpu.features", features);

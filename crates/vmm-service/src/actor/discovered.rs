@@ -124,6 +124,7 @@ impl Actor {
             config: VmConfig {
                 metadata: self.record.config.metadata.clone(),
                 restart_policy: self.record.config.restart_policy.clone(),
+                delete_protection: self.record.config.delete_protection,
                 ..found.config.clone()
             },
             unrepresented: found.unrepresented.clone(),

@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use vmm_core::backend::Effect;
 use vmm_core::caller::Caller;
 use vmm_core::config::VmConfig;
-use vmm_core::event::{EventKind, NewEvent};
+use vmm_core::event::{ConfigChange, EventKind, NewEvent, VmSummary};
 use vmm_core::state::{EndedBy, Observation, Phase, Status, VmOperation, observe};
 use vmm_core::store::{Commit, Intent, IntentKind, RecordChange, StoreError, StoreErrorKind, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
@@ -109,7 +109,19 @@ pub(super) struct RecordUpdate<'a> {
     observations: [Option<Observation>; 2],
     intent: Option<Intent>,
     ended_by: Option<Option<EndedBy>>,
+    config: Option<Box<ConfigEdit>>,
     found: Option<Box<FoundConfig>>,
+}
+
+/// A new configuration of a VM.
+#[derive(Clone)]
+pub(super) struct ConfigEdit {
+    /// The configuration in force from the commit on.
+    pub(super) config: VmConfig,
+    /// True if the file of `console.output` stays the one that this VM has made.
+    pub(super) keeps_console_output: bool,
+    /// The account of the change for the event.
+    pub(super) change: ConfigChange,
 }
 
 /// The configuration of a VM that another program has started, as its VMM reports it.
@@ -123,7 +135,8 @@ pub(super) struct FoundConfig {
 impl<'a> RecordUpdate<'a> {
     /// Creates a change after which no operation is in progress. The state stays.
     pub(super) const fn new(kind: EventKind, why: ChangeReason<'a>, status: Status) -> Self {
-        Self { kind, why, status, observations: [None; 2], intent: None, ended_by: None, found: None }
+        let (observations, intent) = ([None; 2], None);
+        Self { kind, why, status, observations, intent, ended_by: None, config: None, found: None }
     }
 
     /// Moves the state by `observation`, after an earlier one.
@@ -141,6 +154,12 @@ impl<'a> RecordUpdate<'a> {
     /// Replaces the rung that ended the last run.
     pub(super) const fn ending(mut self, ended_by: Option<EndedBy>) -> Self {
         self.ended_by = Some(ended_by);
+        self
+    }
+
+    /// Replaces the configuration.
+    pub(super) fn configuring(mut self, edit: ConfigEdit) -> Self {
+        self.config = Some(Box::new(edit));
         self
     }
 
@@ -166,6 +185,12 @@ impl<'a> RecordUpdate<'a> {
         let mut next = record.clone();
         next.state = self.observations.into_iter().flatten().fold(next.state, observe);
         next.status = self.status;
+        let mut change = None;
+        if let Some(edit) = self.config {
+            next.config = edit.config;
+            next.owns_console_output &= edit.keeps_console_output;
+            change = Some(Box::new(edit.change));
+        }
         // The console's file belongs to this VM as soon as the intent of a start is on record.
         next.owns_console_output |= self.intent.as_ref().is_some_and(Intent::is_start);
         next.intent = self.intent;
@@ -191,6 +216,9 @@ impl<'a> RecordUpdate<'a> {
             caller: self.why.caller.cloned().unwrap_or_else(Caller::system),
             ended_by: self.why.ended_by,
             metadata: next.config.metadata.clone(),
+            update: change,
+            // ListVms shows nothing of a VM that is deleted.
+            summary: (self.kind != EventKind::Deleted).then(|| VmSummary::of(&next)),
         };
         (next, event)
     }
@@ -452,7 +480,12 @@ impl Actor {
         event: &NewEvent,
     ) -> Result<CommitReceipt, StoreError> {
         let change = RecordChange::Update(Box::new(record.clone()));
-        self.send(budget, Commit { change, event: Some(event.clone()) }).await
+        let mut event = event.clone();
+        // Only now is the generation of this attempt known.
+        if let Some(summary) = &mut event.summary {
+            summary.generation = record.generation;
+        }
+        self.send(budget, Commit { change, event: Some(event) }).await
     }
 
     /// Hands a commit to the store. The store keeps room for commits of forced operations.
@@ -484,7 +517,12 @@ impl Actor {
 
     /// Returns the answer of an operation that succeeded.
     pub(super) fn outcome(&self, ended_by: Option<EndedBy>) -> OperationOutcome {
-        OperationOutcome { record: self.record.share(), ended_by, left_behind: Vec::new() }
+        OperationOutcome {
+            record: self.record.share(),
+            ended_by,
+            left_behind: Vec::new(),
+            warnings: Vec::new(),
+        }
     }
 
     /// Returns a status without a cause, observed now.

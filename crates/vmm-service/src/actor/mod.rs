@@ -49,6 +49,7 @@ mod start;
 mod supervise;
 mod taps;
 mod unfinished;
+mod update;
 
 use std::future::pending;
 use std::path::PathBuf;
@@ -73,7 +74,7 @@ use journal::{ActorRecord, Journal};
 use quarantine::no_spec;
 
 pub(crate) use supervise::{ActorOrigin, NewActor};
-pub(crate) use taps::remove_orphans;
+pub(crate) use taps::{KnownTaps, remove_orphans};
 
 /// The number of signs of a VMM after which one operation has its update, because a guest that
 /// sends signs without end must not block the operations on its own VM.

@@ -55,6 +55,9 @@ impl Actor {
                 _ => {}
             }
         }
+        if matches!(request, VmOperation::Delete | VmOperation::ForceDelete) {
+            self.check_protection(&operation.caller)?;
+        }
         // A VM that counts as not running can still have a process: a start has left it. The state
         // alone would answer that the VM is shut down already, which is false while the process
         // lives.
@@ -78,6 +81,7 @@ impl Actor {
                 }
                 VmOperation::Shutdown => self.shutdown(budget, operation).await,
                 VmOperation::Reboot => self.reboot(budget, operation).await,
+                VmOperation::Update => self.update(budget, operation).await,
                 VmOperation::Delete | VmOperation::ForceDelete => self.delete(budget, operation).await,
             },
         }
@@ -192,7 +196,7 @@ impl Actor {
         budget: Budget,
         operation: &OperationRequest,
     ) -> Result<OperationOutcome, ServiceError> {
-        let OperationRequest { request, guest_timeout, caller } = operation;
+        let OperationRequest { request, guest_timeout, caller, update: _ } = operation;
         let (guest_timeout, start) = (*guest_timeout, StartRequest::new(*request, caller));
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
         let reserved = match self.reserve_next_run(budget).await {
@@ -353,6 +357,7 @@ impl Actor {
             VmOperation::Pause => "pause",
             VmOperation::Resume => "resume",
             VmOperation::Reboot => "reboot",
+            VmOperation::Update => "update",
             VmOperation::Delete | VmOperation::ForceDelete => "delete",
         };
         let why = ChangeReason::asked(request, caller);

@@ -431,8 +431,12 @@ impl Actor {
     pub(super) async fn go_on_deleting(&mut self, intent: Intent) -> Flow {
         let force = intent.recovery() == RecoveryAction::Delete { force: true };
         let budget = if force { Budget::of_force(Instant::now()) } else { Budget::of_operation(None) };
-        let operation =
-            OperationRequest { request: intent.request(), guest_timeout: None, caller: intent.caller };
+        let operation = OperationRequest {
+            request: intent.request(),
+            guest_timeout: None,
+            caller: intent.caller,
+            update: None,
+        };
         let asked = Instant::now();
         let result = self.delete(budget, &operation).await;
         let record = self.record.share();

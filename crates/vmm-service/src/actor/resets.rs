@@ -34,7 +34,7 @@ const RECORDS_IN_A_ROW: u32 = 100;
 const RECORD_REFILL_INTERVAL: Duration = Duration::from_secs(60);
 /// The number of restarts without a quiet minute that no VM of a client may exceed, whatever its
 /// policy allows.
-const MAX_RESTARTS: u32 = 1000;
+pub(super) const MAX_RESTARTS: u32 = 1000;
 
 /// The resets in place of one run.
 #[derive(Default)]

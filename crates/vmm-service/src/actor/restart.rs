@@ -17,15 +17,17 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause};
 use vmm_core::caller::Caller;
+use vmm_core::config::VmConfig;
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
-use vmm_core::spec::RestartMode;
+use vmm_core::spec::{RestartMode, VmSpec};
 use vmm_core::state::{Phase, Status, VmOperation};
 
 use super::Actor;
 use super::budget::Budget;
 use super::hold::{NextStep, run_start};
 use super::journal::{ChangeReason, RecordUpdate};
+use super::resets::MAX_RESTARTS;
 use super::start::{StartError, StartRequest};
 use crate::error::ServiceError;
 use crate::operation_log::{Ending, RESTART_POLICY};
@@ -54,6 +56,16 @@ impl LastEnd {
                 Self { reason: Reason::Nothing, message: String::new() }
             }
             _ => Self { reason: status.reason.clone(), message: status.message.clone() },
+        }
+    }
+
+    /// Returns the least mode whose policy starts a VM again after this end. Where the end is not
+    /// known any more, that is the least mode that starts any VM again.
+    fn wanted_mode(&self) -> RestartMode {
+        match self.reason {
+            Reason::GuestReset | Reason::Nothing => RestartMode::GuestReboot,
+            Reason::GuestPowerOff | Reason::VmmToldToEnd => RestartMode::Always,
+            _ => RestartMode::OnFailure,
         }
     }
 
@@ -126,6 +138,46 @@ impl Actor {
         let mut status = self.status(Phase::Restarting).because(reason, message);
         status.restarts = restarts;
         RestartDecision { status, next: NextStep::RestartAt(Instant::now() + delay(restarts), after) }
+    }
+
+    /// Decides anew about a restart that is due, because `config` may have another policy. Returns
+    /// the status of the VM if the new policy calls the restart off.
+    ///
+    /// A policy decides at the end of a run. A change of the policy therefore starts no VM whose run
+    /// has ended before.
+    pub(super) fn reconsider_restart(&self, config: &VmConfig) -> Option<Status> {
+        let NextStep::RestartAt(_, after) = &self.next else { return None };
+        if after.reason == Reason::RebootInterrupted {
+            // A client asked for this start, and the policy has no part in it.
+            return None;
+        }
+        let policy = VmSpec::parse(config).ok()?.restart;
+        let mode = policy.mode.unwrap_or(self.backend.capabilities().default_restart_mode);
+        let status = &self.record.status;
+        // A start that failed is repeated by the modes that cover failures alone.
+        let wanted = if status.reason == Reason::BootFailed {
+            RestartMode::OnFailure.max(after.wanted_mode())
+        } else {
+            after.wanted_mode()
+        };
+        if mode < wanted {
+            let phase = if wanted == RestartMode::OnFailure { Phase::Failed } else { Phase::Stopped };
+            let end =
+                if after.reason.is_nothing() { LastEnd::on_record(status) } else { LastEnd::clone(after) };
+            return Some(end.shown_in(self.status(phase)));
+        }
+        let allowed = policy.max_restarts.min(MAX_RESTARTS);
+        (status.restarts > allowed).then(|| {
+            let mut looped = self.status(Phase::Failed).because(
+                Reason::RestartLoop,
+                format!(
+                    "the restart policy now allows {allowed} restarts without a quiet minute between; the last end: {}",
+                    status.message
+                ),
+            );
+            looped.restarts = status.restarts.saturating_sub(1);
+            looped
+        })
     }
 
     /// Begins the wait for a restart again that an earlier daemon had begun.

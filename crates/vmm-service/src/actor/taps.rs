@@ -12,16 +12,18 @@
 //! interrupted therefore needs no list of its own. Every TAP is touched under its claim, so that no
 //! other VM boots on a TAP that is being removed.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
 use vmm_core::backend::{BackendError, BackendErrorKind, Effect};
+use vmm_core::config::NetworkInterface;
 use vmm_core::id::{InstanceId, VmUid};
 use vmm_core::report::FieldReport;
-use vmm_core::store::HostClaim;
-use vmm_host::net::tap::{TapError, TapNameOrigin, TapOrigin, TapOwner, Taps};
+use vmm_core::state::VmState;
+use vmm_core::store::{HostClaim, VmRecord};
+use vmm_host::net::tap::{OwnedTap, TapError, TapNameOrigin, TapOrigin, TapOwner, Taps};
 
 use super::Actor;
 use super::budget::{Budget, EffectError};
@@ -110,9 +112,16 @@ impl Actor {
     /// Removes every TAP that was made for this VM, and returns the TAPs that could not be removed.
     /// The claims stay held.
     pub(super) async fn free_taps(&self, budget: Budget) -> Vec<FieldReport> {
+        let names = self.taps_to_free(budget).await;
+        self.free_named_taps(budget, names).await
+    }
+
+    /// Removes those of `names` that were made for this VM, and returns the TAPs that could not be
+    /// removed. The claims stay held.
+    pub(super) async fn free_named_taps(&self, budget: Budget, names: Vec<String>) -> Vec<FieldReport> {
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
         let mut free = Vec::new();
-        for name in self.taps_to_free(budget).await {
+        for name in names {
             let claim = HostClaim::Tap { name: name.clone() };
             // A TAP on which another VM runs belongs to that VM now.
             if self.shared.claims.acquire(uid, vm_id, &[claim]).is_ok() {
@@ -172,9 +181,46 @@ fn too_late(name: &str) -> BackendError {
     BackendError::new(BackendErrorKind::Timeout, Effect::Unknown, message)
 }
 
-/// Removes the TAPs of this installation whose VM is not among `known`. Such a VM is not on record
-/// any more because its deletion could not remove them, or it never ran.
-pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known: &HashSet<VmUid>) {
+/// The TAPs that the VMs on record may have.
+#[derive(Default)]
+pub(crate) struct KnownTaps(HashMap<VmUid, Option<HashSet<String>>>);
+
+impl KnownTaps {
+    /// Adds the TAPs that the configuration of `record` names. A VM that never ran and is not being
+    /// started owns no TAP.
+    pub(crate) fn add(&mut self, record: &VmRecord) {
+        if record.state == VmState::Created && record.intent.is_none() {
+            return;
+        }
+        if record.imported {
+            return self.add_unknown(record.uid);
+        }
+        let nics = record.config.network.iter().enumerate();
+        // A record of an earlier release has no name where the client gave none.
+        let name = |(index, nic): (usize, &NetworkInterface)| {
+            if nic.tap_device.is_empty() { record.uid.tap_name(index) } else { nic.tap_device.clone() }
+        };
+        self.0.insert(record.uid, Some(nics.map(name).collect()));
+    }
+
+    /// Adds a VM that may own any TAP with its label, because its configuration does not name them.
+    pub(crate) fn add_unknown(&mut self, uid: VmUid) {
+        self.0.insert(uid, None);
+    }
+
+    fn contains(&self, tap: &OwnedTap) -> bool {
+        match self.0.get(&tap.owner.uid) {
+            Some(Some(names)) => names.contains(&tap.name),
+            Some(None) => true,
+            None => false,
+        }
+    }
+}
+
+/// Removes the TAPs of this installation that are not `known`. The VM of such a TAP is not on record
+/// any more because its deletion could not remove the TAP, or never ran, or an UpdateVm removed the
+/// interface and the daemon died before it removed the TAP.
+pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known: &KnownTaps) {
     let labelled = match tokio::time::timeout(REMOVE_LIMIT, taps.of_instance(instance)).await {
         Ok(Ok(labelled)) => labelled,
         Ok(Err(error)) => {
@@ -184,7 +230,7 @@ pub(crate) async fn remove_orphans(taps: &dyn Taps, instance: InstanceId, known:
             return tracing::warn!("the host's TAPs were not listed in time; a TAP of a deleted VM may stay");
         }
     };
-    let orphans = labelled.into_iter().filter(|tap| !known.contains(&tap.owner.uid));
+    let orphans = labelled.into_iter().filter(|tap| !known.contains(tap));
     let removals = orphans.map(async |tap| {
         let (name, uid) = (&tap.name, tap.owner.uid);
         if tap.attached {

@@ -144,10 +144,10 @@ fn operation(intent: &Intent) -> Option<OperationRequest> {
     let caller = intent.caller.clone();
     match intent.recovery() {
         RecoveryAction::Shutdown { guest_timeout } => {
-            Some(OperationRequest { request: VmOperation::Shutdown, guest_timeout, caller })
+            Some(OperationRequest { request: VmOperation::Shutdown, guest_timeout, caller, update: None })
         }
         RecoveryAction::Reboot { guest_timeout } => {
-            Some(OperationRequest { request: VmOperation::Reboot, guest_timeout, caller })
+            Some(OperationRequest { request: VmOperation::Reboot, guest_timeout, caller, update: None })
         }
         RecoveryAction::AsFound
         | RecoveryAction::Start { .. }

@@ -29,7 +29,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use vmm_core::event::{EventKind, EventSeq, VmEvent};
+#[cfg(doc)]
+use vmm_core::event::NewEvent;
+use vmm_core::event::{EventKind, EventSeq, VmEvent, VmSummary};
 use vmm_core::id::{VmId, VmUid};
 use vmm_core::state::{EndedBy, Status, VmState};
 use vmm_core::store::VmRecord;
@@ -54,6 +56,10 @@ pub struct PresentVm {
     pub status: Status,
     /// The rung that ended the last run.
     pub ended_by: Option<EndedBy>,
+    /// The client's own labels.
+    pub metadata: BTreeMap<String, String>,
+    /// The part that ListVms shows besides; see [`NewEvent::summary`].
+    pub summary: Option<VmSummary>,
 }
 
 impl PresentVm {
@@ -65,6 +71,8 @@ impl PresentVm {
             state: record.state,
             status: record.status.clone(),
             ended_by: record.ended_by,
+            metadata: record.config.metadata.clone(),
+            summary: Some(VmSummary::of(record)),
         }
     }
 
@@ -78,6 +86,8 @@ impl PresentVm {
             state: change.state,
             status: change.status.clone(),
             ended_by: change.ended_by.or(ended_before),
+            metadata: change.metadata.clone(),
+            summary: change.summary.clone(),
         }
     }
 }
@@ -192,9 +202,12 @@ impl PresentPage {
         *seen = event.seq;
         if event.event.kind == EventKind::Deleted {
             self.matching.remove(&uid);
-        } else if filter.matches_event(event) {
+        } else if filter.matches_after(event) {
             let present = PresentVm::of_event(event, self.matching.get(&uid));
             self.matching.insert(uid, present);
+        } else {
+            // An UpdateVm may have changed the labels, so that the VM does not match any more.
+            self.matching.remove(&uid);
         }
         false
     }

@@ -56,7 +56,8 @@ impl RecentEvents {
 
 /// Returns the bytes of an event whose number clients and VMMs determine.
 fn text_of(event: &VmEvent) -> usize {
-    let metadata = event.event.metadata.iter().map(|(key, value)| key.len() + value.len());
+    let before = event.event.update.iter().flat_map(|update| update.metadata_before.iter().flatten());
+    let metadata = event.event.metadata.iter().chain(before).map(|(key, value)| key.len() + value.len());
     event.event.status.message.len() + metadata.sum::<usize>()
 }
 
@@ -81,6 +82,8 @@ mod tests {
             caller: Caller::named(""),
             ended_by: None,
             metadata: [].into(),
+            update: None,
+            summary: None,
         };
         Arc::new(VmEvent { seq: EventSeq(seq), event })
     }

@@ -70,8 +70,16 @@ impl WatchFilter {
             && self.metadata.iter().all(|(key, value)| metadata.get(key) == Some(value))
     }
 
-    pub(super) fn matches_event(&self, event: &VmEvent) -> bool {
+    /// Returns true if the VM matches after `event`.
+    pub(super) fn matches_after(&self, event: &VmEvent) -> bool {
         self.matches(&event.event.vm_id, &event.event.metadata)
+    }
+
+    /// Returns true if the watcher must see `event`: the VM matches after it, or did before an
+    /// UpdateVm changed its labels.
+    pub(super) fn matches_event(&self, event: &VmEvent) -> bool {
+        let before = event.event.update.as_ref().and_then(|update| update.metadata_before.as_ref());
+        self.matches_after(event) || before.is_some_and(|before| self.matches(&event.event.vm_id, before))
     }
 }
 

@@ -14,8 +14,8 @@ use vmm_core::id::BackendName;
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::{VmRecord, VmRequest};
 use vmm_service::{
-    Backends, CreateRequest, Created, DefaultBoot, OperationOutcome, ServiceError, Settings, ShutdownOptions,
-    VmService,
+    Backends, ConfigUpdate, CreateRequest, Created, DefaultBoot, OperationOutcome, ServiceError, Settings,
+    ShutdownOptions, VmService,
 };
 use vmm_testkit::fake::{FakeBackend, FakeWorld, MachineControl};
 use vmm_testkit::memory_store::MemoryStore;
@@ -268,6 +268,19 @@ impl Vms {
         self.service.reboot(vm_id, options, me()).await
     }
 
+    pub(crate) async fn update(
+        &self,
+        vm_id: &str,
+        update: ConfigUpdate,
+    ) -> Result<OperationOutcome, ServiceError> {
+        self.service.update(vm_id, update, me()).await
+    }
+
+    /// Adds a label.
+    pub(crate) async fn label(&self, vm_id: &str, value: &str) -> Result<OperationOutcome, ServiceError> {
+        self.update(vm_id, labelled(value)).await
+    }
+
     pub(crate) async fn delete(&self, vm_id: &str) -> Result<OperationOutcome, ServiceError> {
         self.service.delete(vm_id, false, me()).await
     }
@@ -322,6 +335,12 @@ impl Vms {
     pub(crate) async fn until_phase(&self, vm_id: &str, phase: Phase) -> Arc<VmRecord> {
         self.until(vm_id, |record| record.status.phase == phase).await
     }
+}
+
+/// The change that gives a VM the label `team`.
+pub(crate) fn labelled(value: &str) -> ConfigUpdate {
+    let metadata = [("team".to_owned(), value.to_owned())].into();
+    ConfigUpdate { config: VmConfig { metadata, ..VmConfig::default() }, ..ConfigUpdate::default() }
 }
 
 /// Waits until `done`.

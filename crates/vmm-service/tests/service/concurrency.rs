@@ -164,6 +164,7 @@ fn after(state: VmState, request: VmOperation) -> Option<VmState> {
         VmOperation::Boot | VmOperation::Resume | VmOperation::Reboot => Some(VmState::Running),
         VmOperation::Shutdown => Some(VmState::Shutdown),
         VmOperation::Pause => Some(VmState::Paused),
+        VmOperation::Update => Some(state),
         VmOperation::Delete | VmOperation::ForceDelete => None,
     }
     .filter(|_| state.is_live() || request != VmOperation::Shutdown || state == VmState::Shutdown)
@@ -184,6 +185,7 @@ async fn step(bed: &Bed, vms: &Vms, model: &mut Model, vm_id: &'static str, next
                 Move::Ask(VmOperation::Pause) => vms.pause(vm_id).await,
                 Move::Ask(VmOperation::Resume) => vms.resume(vm_id).await,
                 Move::Ask(VmOperation::Reboot) => vms.reboot(vm_id).await,
+                Move::Ask(VmOperation::Update) => vms.label(vm_id, "blue").await,
                 Move::Ask(VmOperation::Delete) => vms.delete(vm_id).await,
                 Move::Ask(VmOperation::ForceDelete) => vms.force_delete(vm_id).await,
                 _ => vms.force_shutdown(vm_id).await,

@@ -24,6 +24,7 @@ fn intent_of(request: VmOperation, guest_timeout: Option<Duration>) -> IntentKin
         VmOperation::Resume => IntentKind::Resume,
         VmOperation::Shutdown => IntentKind::Shutdown { guest_timeout, answered: false },
         VmOperation::Reboot => IntentKind::Reboot { guest_timeout, claims: Vec::new() },
+        VmOperation::Update => unreachable!("UpdateVm has no intent"),
         VmOperation::Delete => IntentKind::Delete,
         VmOperation::ForceDelete => IntentKind::ForceDelete,
     }

@@ -16,17 +16,19 @@ async fn ask(vms: &Vms, vm_id: &str, request: VmOperation) -> Result<OperationOu
         VmOperation::Pause => vms.pause(vm_id).await,
         VmOperation::Resume => vms.resume(vm_id).await,
         VmOperation::Reboot => vms.reboot(vm_id).await,
+        VmOperation::Update => vms.label(vm_id, "blue").await,
         VmOperation::Delete => vms.delete(vm_id).await,
         VmOperation::ForceDelete => vms.force_delete(vm_id).await,
     }
 }
 
 /// Where a request leads that is carried out; `None` means that the VM is gone.
-fn target(request: VmOperation) -> Option<VmState> {
+fn target(state: VmState, request: VmOperation) -> Option<VmState> {
     match request {
         VmOperation::Boot | VmOperation::Resume | VmOperation::Reboot => Some(VmState::Running),
         VmOperation::Shutdown => Some(VmState::Shutdown),
         VmOperation::Pause => Some(VmState::Paused),
+        VmOperation::Update => Some(state),
         VmOperation::Delete | VmOperation::ForceDelete => None,
     }
 }
@@ -45,7 +47,7 @@ async fn every_cell(single_use: bool) {
             match admit(state, request) {
                 Admission::Do => {
                     let record = answer.expect(&cell).record;
-                    match target(request) {
+                    match target(state, request) {
                         Some(next) => {
                             assert_eq!((record.state, vms.state(&vm_id)), (next, next), "{cell}");
                             assert!(record.generation > before.generation, "{cell}");

@@ -29,4 +29,5 @@ mod restart;
 mod spares;
 mod storage;
 mod taps;
+mod update;
 mod wait;

@@ -40,6 +40,7 @@ pub static CASES: &[Case] = &[
     case!(Configuration, fields::topology_threads, "`cpu.topology` with two threads on a core"),
     case!(Configuration, fields::topology_sockets, "`cpu.topology` with two sockets"),
     case!(Configuration, fields::memory_size, "`memory.size_bytes`"),
+    case!(Configuration, fields::memory_updated, "`memory.size_bytes` by UpdateVm, then BootVm"),
     case!(Configuration, fields::memory_hotplug, "`memory.hotplug_enabled`, `max_size_bytes`"),
     case!(Configuration, fields::memory_shared, "`memory.backing[\"shared\"]`"),
     case!(Configuration, fields::memory_hugepages, "`memory.backing[\"hugepages\"]`"),

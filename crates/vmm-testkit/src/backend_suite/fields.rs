@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use vmm_core::config::{BootConfig, CpuConfig, CpuTopology, MemoryConfig, VmConfig};
 use vmm_core::report::{Treatment, Warning};
 use vmm_core::spec::VmSpec;
+use vmm_core::state::VmState;
 use vmm_core::store::VmRequest;
 use vmm_service::{ListQuery, ServiceError};
 
@@ -163,6 +164,38 @@ async fn topology(vms: &DaemonLife, sockets: i32, threads_per_core: i32) -> Case
 
 pub(super) async fn memory_size(vms: DaemonLife) -> CaseVerdict {
     field(&vms, "config.memory.size_bytes", |config| memory(config).size_bytes = 96 << 20).await
+}
+
+/// Changes the size of a VM that has not booted by UpdateVm, and finds the new size at the VMM. While
+/// the VM runs, its labels change and its memory does not.
+pub(super) async fn memory_updated(vms: DaemonLife) -> CaseVerdict {
+    let mut larger = vms.config(TinyGuest::Idle);
+    memory(&mut larger).size_bytes = 96 << 20;
+    let larger = VmConfig { memory: larger.memory, ..VmConfig::default() };
+    let mut labelled = VmConfig::default();
+    labelled.metadata.insert("team".to_owned(), "blue".to_owned());
+    if vms.column().imports() {
+        vms.run_tiny(TinyGuest::Idle).await;
+        vms.update(VM, labelled).await.expect("labels belong to this program");
+        let refused = vms.update(VM, larger).await.expect_err("the machine does not");
+        assert!(matches!(refused, ServiceError::Precondition(_)), "{refused:?}");
+        return CaseVerdict::Rejected(
+            "UpdateVm is FAILED_PRECONDITION: another program made the VM".to_owned(),
+        );
+    }
+    vms.create(VM, vms.config(TinyGuest::Idle)).await;
+    vms.update(VM, larger.clone()).await.expect("UpdateVm succeeds");
+    vms.boot(VM).await.expect("what is accepted boots");
+    vms.console_shows(VM, &TinyGuest::Idle.banner(), 1).await;
+    assert_evidence(&vms).await;
+    vms.update(VM, labelled).await.expect("labels can change while the VM runs");
+    vms.update(VM, larger).await.expect("what is stored already is no change");
+    let smaller = VmConfig { memory: vms.config(TinyGuest::Idle).memory, ..VmConfig::default() };
+    let refused = vms.update(VM, smaller).await.expect_err("the VM runs");
+    assert!(matches!(refused, ServiceError::Precondition(_)), "{refused:?}");
+    let record = vms.record(VM);
+    assert_eq!((record.state, &*record.config.metadata["team"]), (VmState::Running, "blue"));
+    CaseVerdict::Served
 }
 
 pub(super) async fn memory_hotplug(vms: DaemonLife) -> CaseVerdict {

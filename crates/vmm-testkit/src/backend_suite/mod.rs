@@ -72,6 +72,7 @@ macro_rules! backend_suite {
             topology_threads
             topology_sockets
             memory_size
+            memory_updated
             memory_hotplug
             memory_shared
             memory_hugepages

@@ -14,8 +14,8 @@ use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, RestartPolicyConfig,
 use vmm_core::state::{Phase, VmState};
 use vmm_core::store::{VmRecord, VmRequest};
 use vmm_service::{
-    Backends, CreateRequest, Created, ListQuery, OperationOutcome, ServiceError, Settings, ShutdownOptions,
-    VmService, VmView,
+    Backends, ConfigUpdate, CreateRequest, Created, ListQuery, OperationOutcome, ServiceError, Settings,
+    ShutdownOptions, VmService, VmView,
 };
 
 use super::case::{Case, CaseStep};
@@ -306,6 +306,16 @@ impl DaemonLife {
     pub(super) async fn reboot(&self, vm_id: &str, force: bool) -> Result<OperationOutcome, ServiceError> {
         let options = ShutdownOptions { force, timeout_seconds: 1 };
         self.service.reboot(&self.name(vm_id), options, Caller::named(ME)).await
+    }
+
+    /// Replaces the parts that `config` has.
+    pub(super) async fn update(
+        &self,
+        vm_id: &str,
+        config: VmConfig,
+    ) -> Result<OperationOutcome, ServiceError> {
+        let update = ConfigUpdate { config, ..ConfigUpdate::default() };
+        self.service.update(&self.name(vm_id), update, Caller::named(ME)).await
     }
 
     pub(super) async fn delete(&self, vm_id: &str, force: bool) -> Result<OperationOutcome, ServiceError> {

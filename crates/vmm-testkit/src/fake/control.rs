@@ -2,6 +2,7 @@
 
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
 use vmm_core::id::VmUid;
+use vmm_core::spec::VmSpec;
 
 use super::world::{FakeMachine, FakeWorld};
 
@@ -35,6 +36,12 @@ impl MachineControl {
     /// Returns the state of the guest. `None` after the machine has ended.
     pub fn guest(&self) -> Option<GuestState> {
         self.with_machine(|machine| machine.guest)
+    }
+
+    /// Returns the specification that the machine was launched with. `None` after the machine has
+    /// ended.
+    pub fn spec(&self) -> Option<VmSpec> {
+        self.with_machine(|machine| machine.spec.clone())
     }
 
     /// Returns the number of resets by the daemon.

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause, GuestState, LaunchRequest, VmmEvent};
 use vmm_core::id::VmUid;
+use vmm_core::spec::VmSpec;
 use vmm_core::store::{ProcessIdentity, RunRecord};
 
 use super::control::MachineControl;
@@ -45,6 +46,8 @@ pub(super) struct FakeWorldState {
 pub(super) struct FakeMachine {
     pub(super) uid: VmUid,
     pub(super) vm_id: String,
+    /// The specification that the machine was launched with.
+    pub(super) spec: VmSpec,
     pub(super) run: RunRecord,
     pub(super) guest: GuestState,
     /// True if the machine does not answer. It can be killed all the same.
@@ -158,6 +161,7 @@ impl FakeWorld {
         let machine = FakeMachine {
             uid: request.uid,
             vm_id: request.vm_id.to_string(),
+            spec: request.spec.clone(),
             run: run.clone(),
             guest: GuestState::Running,
             silent: false,

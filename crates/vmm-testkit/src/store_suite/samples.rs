@@ -7,7 +7,7 @@ use uuid::Uuid;
 use vmm_core::backend::Effect;
 use vmm_core::caller::Caller;
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, StorageDevice, VmConfig};
-use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent};
+use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent, VmSummary};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
 use vmm_core::state::{EndedBy, Phase, Status, VmState};
@@ -106,6 +106,8 @@ pub fn event(record: &VmRecord, time_ms: i64) -> NewEvent {
         caller: Caller::named("suite"),
         ended_by: record.ended_by,
         metadata: record.config.metadata.clone(),
+        update: None,
+        summary: Some(VmSummary::of(record)),
     }
 }
 
