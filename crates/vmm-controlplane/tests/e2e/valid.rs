@@ -190,17 +190,33 @@ fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
 }
 
-/// Returns true if a warning says that BootVm is going to fail on this host.
-fn foretells_failure(answer: &Value) -> bool {
-    let mut warnings = answer["warnings"].as_array().into_iter().flatten();
-    warnings.any(|warning| warning["message"].as_str().unwrap().contains("BootVm will fail"))
+/// The failure of BootVm that the warnings of an answer foretell.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Foretold {
+    Nothing,
+    /// The backend could not serve at that moment, as where a probe took too long on a busy host.
+    Perhaps,
+    /// A network interface has no TAP.
+    Failure,
 }
 
-/// Returns the warnings by field. A generated name of a TAP is another one for each creation, so
-/// that the messages are not compared.
+fn foretold(answer: &Value) -> Foretold {
+    let warnings = answer["warnings"].as_array().into_iter().flatten();
+    let fails = |warning: &&Value| warning["message"].as_str().unwrap().contains("BootVm will fail");
+    let mut fields = warnings.filter(fails).map(|warning| &warning["field"]).peekable();
+    match (fields.peek().is_some(), fields.any(|field| field != "backend")) {
+        (_, true) => Foretold::Failure,
+        (true, false) => Foretold::Perhaps,
+        (false, false) => Foretold::Nothing,
+    }
+}
+
+/// Returns the warnings by field, without those about the backend, whose health may change between
+/// two calls. The messages are not compared, because a generated TAP has another name for each
+/// creation.
 fn warned_fields(answer: &Value) -> Vec<&str> {
     let warnings = answer["warnings"].as_array().into_iter().flatten();
-    warnings.map(|warning| warning["field"].as_str().unwrap()).collect()
+    warnings.map(|warning| warning["field"].as_str().unwrap()).filter(|field| *field != "backend").collect()
 }
 
 /// Returns the verdict of ValidateVm after it was held against CreateVm and BootVm.
@@ -215,12 +231,14 @@ fn try_out(world: &World, backend: &str, config: &Value) -> bool {
     let created = created.ok();
     assert_eq!(warned_fields(&created), warned_fields(&verdict), "{created:#} {verdict:#}");
     let booted = world.call("BootVm", &json!({"vm_id": "vm"}));
-    if foretells_failure(&verdict) {
-        assert_ne!(booted.status, 200, "a warning says that BootVm will fail: {verdict:#}");
-    } else {
-        assert_eq!(booted.status, 200, "ValidateVm says ok, and BootVm fails: {} {verdict:#}", booted.body);
-        let info = world.info("vm");
-        assert_eq!(info["state"], "VM_STATE_RUNNING", "{info:#}");
+    match (foretold(&created), booted.status) {
+        (Foretold::Nothing | Foretold::Perhaps, 200) => {
+            let info = world.info("vm");
+            assert_eq!(info["state"], "VM_STATE_RUNNING", "{info:#}");
+        }
+        (Foretold::Nothing, _) => panic!("ValidateVm says ok, and BootVm fails: {} {verdict:#}", booted.body),
+        (Foretold::Failure, 200) => panic!("a warning says that BootVm will fail: {verdict:#}"),
+        (Foretold::Perhaps | Foretold::Failure, _) => {}
     }
     world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
     true
