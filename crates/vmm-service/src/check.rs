@@ -227,7 +227,14 @@ fn check_kernel(
     };
     if !usable_as.iter().any(|format| accepted.contains(format)) {
         let wanted = accepted.iter().map(|format| format.as_str()).collect::<Vec<_>>().join(" or ");
-        let message = format!("{} is {what}; this backend boots {wanted}", path.display());
+        // The most common mistake has a remedy that a user of distributions seldom knows.
+        let remedy = match kind {
+            KernelKind::BzImage => {
+                ", which the script extract-vmlinux of the Linux sources makes of a bzImage"
+            }
+            KernelKind::ElfX86_64 { .. } | KernelKind::Other => "",
+        };
+        let message = format!("{} is {what}; this backend boots {wanted}{remedy}", path.display());
         found.report.reject(FIELD, message);
     }
 }
