@@ -8,7 +8,8 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 const WORDS: [(&[&str], &str); 7] = [
     (
         &["log", "logs", "console", "attach", "exec", "ssh", "serial"],
-        "`vmcp get NAME` names the file with the guest's console (console_log), and `vmcp events NAME` shows what happened to the VM",
+        "`vmcp events NAME` shows what happened to a VM; the guest's console is the file console.log on the daemon's host, beside the socket \
+         that `vmcp get NAME` shows",
     ),
     (&["kill", "stop-force", "poweroff", "off"], "`vmcp shutdown NAME --force` powers a VM off at once"),
     (&["destroy"], "`vmcp shutdown NAME --force` powers a VM off, and `vmcp delete NAME` forgets it"),

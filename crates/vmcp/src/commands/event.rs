@@ -18,7 +18,9 @@ pub(super) fn has_namesakes(events: &[pb::VmEvent]) -> bool {
 /// Returns the cells of an event.
 pub(super) fn cells(event: &pb::VmEvent) -> [String; 6] {
     let cause = match (event.cause.as_str(), event.actor.as_str()) {
-        (cause, "" | "system") => cause.to_owned(),
+        // A method that the daemon calls by itself, as a restart policy does, has a capital.
+        (cause, "system") if !cause.starts_with(char::is_uppercase) => cause.to_owned(),
+        (cause, "") => cause.to_owned(),
         (cause, actor) => format!("{cause} by {actor}"),
     };
     let cause = match event.ended_by.as_str() {
@@ -79,5 +81,11 @@ mod tests {
                 "ShutdownVm by anonymous@127.0.0.1, ended by acpi"
             ]
         );
+        let by_itself = |cause: &str| {
+            let event = pb::VmEvent { cause: cause.into(), actor: "system".into(), ..Default::default() };
+            cells(&event)[5].clone()
+        };
+        assert_eq!(by_itself("BootVm"), "BootVm by system");
+        assert_eq!(by_itself("vmm-exited"), "vmm-exited");
     }
 }

@@ -32,7 +32,14 @@ pub(crate) fn status(state: &EnumValue<pb::VmState>, status: &pb::VmStatus) -> S
             | (Some(pb::VmState::VM_STATE_PAUSED), "paused")
             | (Some(pb::VmState::VM_STATE_SHUTDOWN), "stopped")
     );
-    let phase = if same { "" } else { status.phase.as_str() };
+    // The reason of a VM that was started again is that of the end before.
+    let is_up =
+        matches!(state.as_known(), Some(pb::VmState::VM_STATE_RUNNING | pb::VmState::VM_STATE_PAUSED));
+    let phase = match same {
+        true if is_up && status.restarts > 0 => "restarted",
+        true => "",
+        false => status.phase.as_str(),
+    };
     let parts = [phase, status.reason.as_str()];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(": ")
 }
@@ -57,6 +64,13 @@ mod tests {
         assert_eq!(say(pb::VmState::VM_STATE_SHUTDOWN, "stopped", "guest-power-off"), "guest-power-off");
         assert_eq!(say(pb::VmState::VM_STATE_SHUTDOWN, "failed", "boot-failed"), "failed: boot-failed");
         assert_eq!(say(pb::VmState::VM_STATE_RUNNING, "stopping", ""), "stopping");
+        let again = pb::VmStatus {
+            phase: "running".into(),
+            reason: "vmm-failed".into(),
+            restarts: 1,
+            ..Default::default()
+        };
+        assert_eq!(status(&pb::VmState::VM_STATE_RUNNING.into(), &again), "restarted: vmm-failed");
     }
 
     #[test]
