@@ -19,7 +19,8 @@
 //! [`BackendErrorKind::Unsupported`], never success.
 //!
 //! An ability of some hypervisors is a trait of its own ([`SpareVmms`], [`Discoverer`]), and the
-//! [`Backend`] returns the object that has the ability.
+//! [`Backend`] returns the object that has the ability. Of a [`Vmm`] the ability is
+//! [`ConsoleInput`].
 
 use std::fmt;
 use std::path::PathBuf;
@@ -31,6 +32,7 @@ use tokio::sync::mpsc;
 
 pub use crate::backend_error::{BackendError, BackendErrorKind, ContactProof, Effect};
 pub use crate::capabilities::{Capabilities, EndpointMode, KernelFormat};
+pub use crate::console::{ConsoleInput, ConsoleInputError, ConsoleInputFailure};
 use crate::discovery::{Discoverer, Places};
 pub use crate::health::BackendHealth;
 use crate::id::{InstanceId, VmId, VmUid};
@@ -171,6 +173,11 @@ pub trait Vmm: Send + Sync + 'static {
     /// A VMM that another program started is ordered to end its VM, and is not killed by this
     /// method. A forced [`Backend::sweep`] may kill it.
     async fn kill(&self) -> Result<(), BackendError>;
+
+    /// Returns the ability to take console input, where this VMM has it. Constant.
+    fn console_input(&self) -> Option<&dyn ConsoleInput> {
+        None
+    }
 }
 
 /// The request for a launch.

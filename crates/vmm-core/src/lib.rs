@@ -16,6 +16,7 @@ pub mod caller;
 pub mod capabilities;
 pub mod config;
 pub mod config_part;
+pub mod console;
 pub mod discovery;
 pub mod event;
 mod health;

@@ -6,6 +6,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,7 +24,11 @@ const ROOM: usize = 4096;
 
 /// Watches files. Clones share one inotify instance, which is opened for the first file.
 #[derive(Clone, Debug, Default)]
-pub struct FileWatcher(Arc<Mutex<Option<Arc<InotifyInstance>>>>);
+pub struct FileWatcher {
+    instance: Arc<Mutex<Option<Arc<InotifyInstance>>>>,
+    /// True if a file could not be watched.
+    failed: Arc<AtomicBool>,
+}
 
 #[derive(Debug)]
 struct InotifyInstance {
@@ -40,13 +45,15 @@ pub struct FileWatch {
 
 impl FileWatcher {
     /// Begins to watch the existing file at `path`. A file that cannot be watched is looked at once
-    /// a second instead.
+    /// a second instead. Only the first failure is logged.
     pub fn watch(&self, path: &Path) -> FileWatch {
         let grown = Arc::new(Notify::new());
         let kept = match self.begin(path, &grown) {
             Ok(kept) => Some(kept),
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "the file cannot be watched; it is read once a second");
+                if !self.failed.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(path = %path.display(), %error, "the file cannot be watched; it is read once a second");
+                }
                 None
             }
         };
@@ -67,7 +74,7 @@ impl FileWatcher {
     }
 
     fn instance(&self) -> io::Result<Arc<InotifyInstance>> {
-        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = self.instance.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(instance) = &*shared {
             return Ok(Arc::clone(instance));
         }
@@ -114,6 +121,11 @@ impl InotifyInstance {
 }
 
 impl FileWatch {
+    /// Returns false if the file is looked at once a second, because it cannot be watched.
+    pub fn is_kept(&self) -> bool {
+        self.kept.is_some()
+    }
+
     /// Waits until the file may have grown since the last call. Can be cancelled.
     pub async fn grown(&self) {
         if self.kept.is_some() {

@@ -7,7 +7,8 @@
 //! - The daemon's own order: the [`lock`] of a state directory, the [`survey`] of the program's
 //!   traces, a runtime folder that is [`lasting`] or not, and the [`fault`] points of tests.
 //! - Other programs: the [`endpoint`] that another program made, and the [`growth`] and the
-//!   [`tail`] of a file that another process appends to.
+//!   [`tail`] of a file that another process appends to, and the [`console_input`] that another
+//!   process reads.
 //!
 //! No module knows a hypervisor. A function that reads files or `/proc` blocks for as long as the
 //! kernel takes. Callers run functions that are not `async` in `spawn_blocking` wherever a client
@@ -17,6 +18,7 @@ mod accounts;
 mod async_fd;
 mod block;
 pub mod clock;
+pub mod console_input;
 pub mod descriptors;
 pub mod device;
 pub mod endpoint;

@@ -32,6 +32,9 @@ pub use spare::SpareMark;
 /// The longest path that a unix socket can have, in bytes.
 pub const MAX_SOCKET_PATH: usize = 107;
 
+/// The file of a kept console in a run folder.
+pub const KEPT_CONSOLE: &str = "console.log";
+
 /// The deepest nesting that a removal follows. The program's own folders nest at most two deep.
 const MAX_DEPTH: usize = 16;
 /// The number of times that a folder is emptied which fills while it is removed.

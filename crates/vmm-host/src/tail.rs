@@ -10,13 +10,20 @@
 //! past an invalid record too, so it is passed over once and never read again. Read bytes are given
 //! back to the host by punching a hole, because a hole keeps the writer's offset valid. A hole
 //! reads as zero bytes.
+//!
+//! A console has no records. The service trims the file at its front while others read it
+//! ([`trim`], [`Tail::of_output`]).
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+
+/// The largest usual block of a file system, in bytes.
+const BLOCK: u64 = 4096;
 
 /// The bounds of one round.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +71,8 @@ enum TailContent {
     /// Bytes, each of which counts, holes as zeros. The reader handles a file that has become
     /// shorter.
     Bytes,
+    /// Bytes of a file that is trimmed at its front, also during a read. Holes are skipped.
+    Output,
 }
 
 impl Tail {
@@ -76,6 +85,12 @@ impl Tail {
     /// Returns a tail of a file without records. Every byte counts.
     pub fn of_bytes(path: PathBuf, offset: u64, limits: TailLimits) -> Self {
         Self { content: TailContent::Bytes, ..Self::new(path, offset, limits) }
+    }
+
+    /// Returns a tail of a file without records that another task may [`trim`] at any moment. Bytes
+    /// that were trimmed are skipped, and a file that has become shorter is read from its beginning.
+    pub fn of_output(path: PathBuf, offset: u64, limits: TailLimits) -> Self {
+        Self { content: TailContent::Output, ..Self::new(path, offset, limits) }
     }
 
     /// Returns the offset at which the next round begins, in bytes.
@@ -94,13 +109,28 @@ impl Tail {
     ///
     /// # Errors
     /// Returns the kernel's error, and the error of `take`. A missing file counts as empty.
-    pub fn read(&mut self, mut take: impl FnMut(&[u8]) -> io::Result<TailUse>) -> io::Result<RoundOutcome> {
-        let Some(file) = open(&self.path)? else { return Ok(RoundOutcome::Done) };
-        if self.content == TailContent::Records {
+    pub fn read(&mut self, take: impl FnMut(&[u8]) -> io::Result<TailUse>) -> io::Result<RoundOutcome> {
+        match open(&self.path)? {
+            Some(file) => self.read_open(&file, take),
+            None => Ok(RoundOutcome::Done),
+        }
+    }
+
+    /// Reads one round as [`Tail::read`] does, from the open `file`. The bytes of a file that was
+    /// removed can still be read this way. Blocks.
+    ///
+    /// # Errors
+    /// Returns the kernel's error, and the error of `take`.
+    pub fn read_open(
+        &mut self,
+        file: &File,
+        mut take: impl FnMut(&[u8]) -> io::Result<TailUse>,
+    ) -> io::Result<RoundOutcome> {
+        if self.content != TailContent::Bytes {
             if file.metadata()?.len() < self.offset {
                 self.offset = 0;
             }
-            self.offset = next_data(&file, self.offset)?;
+            self.offset = next_data(file, self.offset)?;
         }
         let end = self.offset.saturating_add(self.limits.round);
         let mut buffer = vec![0; self.limits.record];
@@ -111,6 +141,16 @@ impl Tail {
             // used nothing of a short buffer, or everything of it: the file ends here, perhaps in a
             // record that is still being written.
             let read = file.read_at(&mut buffer, self.offset)?;
+            // Bytes that are trimmed before they are read come as zeros. A trim frees everything
+            // before its end, so that nothing of this read was trimmed if its first byte still is
+            // data.
+            if self.content == TailContent::Output && read > 0 {
+                let data = next_data(file, self.offset)?;
+                if data > self.offset {
+                    self.offset = data;
+                    continue;
+                }
+            }
             let used = match take(&buffer[..read])? {
                 TailUse::Enough(used) => {
                     self.offset += used.min(read) as u64;
@@ -142,20 +182,52 @@ impl Tail {
 }
 
 /// Gives the space of everything but the last `kept` bytes of the file at `path` back to the host,
-/// as for a log that its writer appends to. The file keeps its length. Does nothing where the file
-/// is missing or occupies at most twice `kept` bytes. Blocks.
+/// as for a log that its writer appends to. The file keeps its length, which is returned: 0 where
+/// the file is missing. Frees nothing where the file occupies at most twice `kept` bytes. Blocks.
 ///
 /// # Errors
 /// Returns the kernel's error, such as that the file system supports no holes.
-pub fn trim(path: &Path, kept: u64) -> io::Result<()> {
-    let Some(file) = open(path)? else { return Ok(()) };
+pub fn trim(path: &Path, kept: u64) -> io::Result<u64> {
+    let Some(file) = open(path)? else { return Ok(0) };
     let facts = file.metadata()?;
     let takes = facts.blocks().saturating_mul(512);
-    match facts.len().checked_sub(kept) {
-        // The factor keeps a log that grows slowly from being trimmed at each check.
-        Some(beyond) if beyond > 0 && takes > kept.saturating_mul(2) => punch(&file, beyond),
-        Some(_) | None => Ok(()),
+    // The hole ends where a block ends, because the kernel keeps the rest of a block as zeros,
+    // which a reader could not tell from output.
+    let beyond = facts.len().saturating_sub(kept) / BLOCK * BLOCK;
+    // The factor keeps a log that grows slowly from being trimmed at each check.
+    if beyond > 0 && takes > kept.saturating_mul(2) {
+        punch(&file, beyond)?;
     }
+    Ok(facts.len())
+}
+
+/// Returns the bytes of the open `file` that [`trim`] has left: from the first byte of data to the
+/// end. Blocks.
+///
+/// # Errors
+/// Returns the kernel's error.
+pub fn kept_bytes(file: &File) -> io::Result<Range<u64>> {
+    let first = next_data(file, 0)?;
+    let end = file.metadata()?.len();
+    Ok(first.min(end)..end)
+}
+
+/// Opens the regular file at `path` for reading. Returns `None` if there is no file. Blocks.
+///
+/// # Errors
+/// Returns the kernel's error, and [`io::ErrorKind::InvalidInput`] for anything but a regular file.
+pub fn open_output(path: &Path) -> io::Result<Option<File>> {
+    // A link is not followed, and a FIFO does not block the open call.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
+    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(Some(file))
 }
 
 fn punch(file: &File, until: u64) -> io::Result<()> {
@@ -318,9 +390,65 @@ mod tests {
         assert_eq!(text.len(), 65536);
         assert!(text.ends_with("0123456789abcde\n".repeat(512).as_bytes()));
         assert!(std::fs::metadata(file.path()).unwrap().blocks() * 512 <= 8192 + 4096);
+        let kept = kept_bytes(&File::open(file.path()).unwrap()).unwrap();
+        assert_eq!(kept, 65536 - 8192..65536, "the hole ends where a block does");
         let small = Written::new(b"short\n");
         trim(&small.path(), 8192).unwrap();
         assert_eq!(std::fs::read(small.path()).unwrap(), b"short\n");
         trim(&small.dir.path().join("missing"), 1).unwrap();
+    }
+
+    /// Reads one round of output as text.
+    fn output(tail: &mut Tail, file: &File) -> String {
+        let mut text = Vec::new();
+        tail.read_open(file, |bytes| {
+            text.extend_from_slice(bytes);
+            Ok(TailUse::Bytes(bytes.len()))
+        })
+        .unwrap();
+        String::from_utf8(text).unwrap()
+    }
+
+    #[test]
+    fn output_that_was_trimmed_is_skipped() {
+        let file = Written::new("0123456789abcde\n".repeat(4096).as_bytes());
+        let open = open_output(&file.path()).unwrap().unwrap();
+        let mut tail = Tail::of_output(file.path(), 16, TailLimits { record: 1000, round: u64::MAX });
+        trim(&file.path(), 8192).unwrap();
+        assert_eq!(output(&mut tail, &open), "0123456789abcde\n".repeat(512));
+        assert_eq!(tail.offset(), 65536);
+        file.append(b"more\n");
+        std::fs::remove_file(file.path()).unwrap();
+        assert_eq!(output(&mut tail, &open), "more\n", "a removed file is read to its end");
+    }
+
+    #[test]
+    fn output_that_is_trimmed_during_its_read_is_skipped() {
+        let file = Written::new("0123456789abcde\n".repeat(4096).as_bytes());
+        let open = open_output(&file.path()).unwrap().unwrap();
+        let mut tail = Tail::of_output(file.path(), 0, TailLimits { record: 4096, round: u64::MAX });
+        let mut read = Vec::new();
+        tail.read_open(&open, |bytes| {
+            if read.is_empty() {
+                trim(&file.path(), 8192)?;
+            }
+            read.extend_from_slice(bytes);
+            Ok(TailUse::Bytes(bytes.len()))
+        })
+        .unwrap();
+        assert_eq!(read.len(), 4096 + 8192);
+        assert!(!read.contains(&0), "no byte of a hole is taken for output");
+    }
+
+    #[test]
+    fn only_a_regular_file_is_opened_as_output() {
+        let file = Written::new(b"output");
+        let (link, fifo) = (file.dir.path().join("link"), file.dir.path().join("fifo"));
+        std::os::unix::fs::symlink(file.path(), &link).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+        for refused in [link.as_path(), &fifo, file.dir.path(), Path::new("/dev/zero")] {
+            open_output(refused).unwrap_err();
+        }
+        assert!(open_output(&file.dir.path().join("missing")).unwrap().is_none());
     }
 }

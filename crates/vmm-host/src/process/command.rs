@@ -25,6 +25,9 @@ use crate::path_errors::named;
 /// may hold secrets.
 const ENVIRONMENT: [&str; 7] = ["PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ"];
 
+/// The number of [`Command::kept`] in the process.
+pub const KEPT_DESCRIPTOR: i32 = 3;
+
 /// The device that reads as empty and discards writes.
 const NOWHERE: &str = "/dev/null";
 
@@ -61,6 +64,8 @@ pub struct Command {
     /// Another file for stdout, created and appended to like `log`; `/dev/null` discards the
     /// output.
     pub stdout: Option<PathBuf>,
+    /// A file that the process holds open as [`KEPT_DESCRIPTOR`] and does not use.
+    pub kept: Option<OwnedFd>,
 }
 
 /// The source of a process's stdin.
@@ -85,6 +90,7 @@ impl Command {
             log: log.into(),
             stdin: Stdin::Null,
             stdout: None,
+            kept: None,
         }
     }
 }
@@ -129,7 +135,7 @@ impl Drop for ProcessGuard {
 }
 
 /// Starts a process that outlives the daemon. The process has a session of its own, inherits
-/// nothing but its standard streams, and its exit is published in the returned handle.
+/// nothing but its standard streams and [`Command::kept`], and its exit is published in the returned handle.
 ///
 /// # Errors
 /// Returns the error of opening a file or of starting the program. No process runs then.
@@ -177,7 +183,12 @@ pub fn start_guarded(command: Command) -> io::Result<ProcessGuard> {
         Stdin::File(fd) => fd,
     };
     // Every file is open by now, so an error up to here leaves no process behind.
-    let child = posix_spawn(&command.program, &command.args, [&stdin, &stdout.into(), &log.into()])?;
+    let child = posix_spawn(
+        &command.program,
+        &command.args,
+        [&stdin, &stdout.into(), &log.into()],
+        command.kept.as_ref(),
+    )?;
     match watch_child(child) {
         Ok(process) => Ok(ProcessGuard { process, armed: true }),
         // Without a pidfd and an identity the process could never be adopted or ended safely.
@@ -211,11 +222,17 @@ fn end(child: Pid) {
 ///
 /// The session lets a VM outlive the daemon: when a parent dies in a session that it shares with
 /// its child, the kernel sends SIGHUP to a child that is stopped at that moment.
-fn posix_spawn(program: &Path, args: &[OsString], stdio: [&OwnedFd; 3]) -> io::Result<Pid> {
+fn posix_spawn(
+    program: &Path,
+    args: &[OsString],
+    stdio: [&OwnedFd; 3],
+    kept: Option<&OwnedFd>,
+) -> io::Result<Pid> {
     let mut files = PosixSpawnFileActions::init()?;
-    // The copies made by dup2 are not close-on-exec, so the child keeps these three descriptors.
-    // All other descriptors of the daemon are close-on-exec.
-    for (fd, target) in stdio.into_iter().zip(0..) {
+    // The copies made by dup2 are not close-on-exec, so the child keeps these descriptors. All other
+    // descriptors of the daemon are close-on-exec. The kept descriptor follows the standard streams
+    // as KEPT_DESCRIPTOR, and comes last, because its number may be that of another one's original.
+    for (fd, target) in stdio.into_iter().chain(kept).zip(0..) {
         files.add_dup2(fd.as_raw_fd(), target)?;
     }
     let mut attributes = PosixSpawnAttr::init()?;

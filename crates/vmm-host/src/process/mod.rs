@@ -39,7 +39,8 @@ use vmm_core::store::ProcessIdentity;
 pub use adopt::{Lookup, adopt, can_search, scope};
 pub(crate) use command::close_for_good;
 pub use command::{
-    Command, ProcessGuard, Stdin, environment, exec_guard, spawn, spawn_guarded, start_guarded,
+    Command, KEPT_DESCRIPTOR, ProcessGuard, Stdin, environment, exec_guard, spawn, spawn_guarded,
+    start_guarded,
 };
 pub use exit::{ExitStatus, ProcessExit};
 pub use find::{ProcessMatch, find_by_argument, find_by_option, program_name_of};
@@ -175,7 +176,7 @@ impl Process {
 
     /// Fails if the process has ended. Facts that were read from `/proc` under the pid before this
     /// call belong to the process only if it has not.
-    fn still_the_same(&self) -> io::Result<()> {
+    pub(crate) fn still_the_same(&self) -> io::Result<()> {
         if has_ended(&*self.pidfd)? {
             return Err(io::Error::new(io::ErrorKind::NotFound, format!("process {} has ended", self.pid())));
         }
