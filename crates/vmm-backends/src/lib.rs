@@ -17,11 +17,13 @@
 //! `spares` and, for a VMM with a REST API, [`rest`]. A shutdown uses the [`ladder`], with the
 //! deadlines of `timeouts`. A restarted daemon uses `search` to find the VMM of a launch that was
 //! interrupted. The monitor of a running VM uses `ordered`, `resets` and `throttle`. Text that
-//! comes from a VMM passes `sanitize` before it is shown or stored.
+//! comes from a VMM passes `sanitize` before it is shown or stored. `console_input` has the ways to write
+//! into a console.
 
 pub mod attached;
 pub mod cloud_hypervisor;
 mod connect_errors;
+pub(crate) mod console_input;
 mod counters;
 pub mod firecracker;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -2,11 +2,10 @@
 
 mod rest_support;
 
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 use rest_support::{Bench, FORCE, Tap, UNSET, WAIT_TIMEOUT, ask_for, usable};
-use vmm_backends::firecracker::{CONSOLE_INPUT, FirecrackerBackend};
+use vmm_backends::firecracker::FirecrackerBackend;
 use vmm_core::backend::{
     Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, KernelFormat, ResetOutcome,
 };
@@ -141,10 +140,8 @@ async fn the_console_takes_input_from_successive_writers() {
     let mut run = bench.launch().await;
     bench.console_shows(&TinyGuest::Echo.banner(), 1).await;
     for word in ["hello", "again"] {
-        let mut input =
-            std::fs::OpenOptions::new().write(true).open(bench.dir().join(CONSOLE_INPUT)).unwrap();
-        input.write_all(word.as_bytes()).unwrap();
-        drop(input);
+        let input = run.vmm.console_input().unwrap();
+        input.write_console(word.as_bytes(), Duration::from_secs(5)).await.unwrap();
         bench.console_shows(word, 1).await;
     }
     run.vmm.kill().await.unwrap();

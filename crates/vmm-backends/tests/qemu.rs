@@ -129,18 +129,14 @@ async fn a_reset_works_under_a_policy_that_ends_guest_resets() {
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
         run.no_event();
         // The guest's own reset still ends the run.
-        type_at_console(&bench, b"R").await;
+        type_at_console(&run, b"R").await;
         assert_eq!(run.gone().await.cause, ExitCause::GuestReset);
     }
 }
 
-async fn type_at_console(bench: &Bench, bytes: &[u8]) {
-    use tokio::io::AsyncWriteExt;
-    let mut console = tokio::net::UnixStream::connect(bench.dir().join("console.sock")).await.unwrap();
-    console.write_all(bytes).await.unwrap();
-    // Held open until QEMU has read it: it drops what it has not read of a connection that is
-    // closed.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+async fn type_at_console(run: &Run, bytes: &[u8]) {
+    let input = run.vmm.console_input().unwrap();
+    input.write_console(bytes, Duration::from_secs(5)).await.unwrap();
 }
 
 #[tokio::test]
@@ -206,14 +202,14 @@ async fn one_reset_of_a_guest_is_one_event() {
         let mut run = bench.launch().await;
         for boots in 1..=3 {
             bench.console_shows(&TinyGuest::Obey.banner(), boots).await;
-            type_at_console(&bench, b"R").await;
+            type_at_console(&run, b"R").await;
             assert_eq!(run.event().await, VmmEvent::GuestReset);
         }
         bench.console_shows(&TinyGuest::Obey.banner(), 4).await;
         // Answered after every event that was sent before.
         assert_eq!(run.vmm.probe().await.unwrap(), GuestState::Running);
         run.no_event();
-        type_at_console(&bench, b"P").await;
+        type_at_console(&run, b"P").await;
         assert_eq!(run.gone().await.cause, ExitCause::GuestPowerOff);
     }
 }
@@ -310,7 +306,7 @@ async fn a_vmm_outlives_its_handle_and_can_be_adopted() {
         let last = bench.backend.adopt(bench.adoption(Some(record))).await.unwrap();
         let Adoption::Alive { launched, .. } = last else { panic!("{last:?}") };
         let mut run = Run::from(launched);
-        type_at_console(&bench, b"R").await;
+        type_at_console(&run, b"R").await;
         assert_eq!(
             run.gone().await.cause,
             ExitCause::GuestReset,

@@ -288,7 +288,7 @@ fn the_console_is_the_last_section_of_the_spare_file() {
         assert_eq!(reported.file.matches("[chardev ").count(), 1);
         let (_, console) = reported.file.split_once("[chardev \"console\"]\n").unwrap();
         assert!(!console.contains('['), "{console}");
-        assert!(console.ends_with(" backend = \"socket\"\n"), "{console}");
+        assert!(console.ends_with(" backend = \"pipe\"\n"), "{console}");
     }
 }
 

@@ -88,8 +88,6 @@ pub enum AcceleratorFact {
 pub enum ConsoleFact {
     /// Output and input.
     InputAndOutput,
-    /// Output alone.
-    Output,
     /// Output alone, and nothing of a VM that was found.
     OutputUnlessImported,
     /// The console is where another program has put it.

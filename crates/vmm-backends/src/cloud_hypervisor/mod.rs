@@ -1,16 +1,18 @@
 //! Cloud Hypervisor: one process per run, driven by REST on a unix socket.
 //!
 //! ```text
-//!                       ┌──────────────────┐ stdout ──► the console's file, appended to
-//!   api.sock, .lock ◄───│ cloud-hypervisor │ stderr ──► vmm.log
-//!                       └──────────────────┘ --event-monitor ──► events
+//!   terminal ──► stdin  ┌──────────────────┐ stdout ──► the console's file, appended to
+//!                       │ cloud-hypervisor │ stderr ──► vmm.log
+//!   api.sock, .lock ◄───└──────────────────┘ --event-monitor ──► events
 //! ```
 //!
 //! **Console.** Of the serial port modes of version 53 only `Tty` keeps all output without help.
 //! The port writes to the VMM's own stdout, which is the console's file, opened for appending.
 //! Therefore the first message of the boot is kept, resets in place and later runs are appended,
 //! and no daemon is needed. `File` truncates the file at every boot. `Pty` and `Socket` keep 1 MiB
-//! without a reader and lose it if the VMM ends. `Tty` takes no input.
+//! without a reader and lose it if the VMM ends. `Tty` reads its input from stdin, and only from a
+//! terminal. The VMM holds both sides of that terminal open: the controlling side is its stdin, and
+//! the device side is descriptor 3, which any daemon opens again through `/proc`.
 //!
 //! **Events** go to a file for the same reason.
 
@@ -38,9 +40,10 @@ use vmm_core::capabilities::{
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::CheckReport;
 use vmm_core::spec::{DiskFormat, RestartMode, VmSpec};
+use vmm_host::console_input;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::file_watch::FileWatcher;
-use vmm_host::process::Command;
+use vmm_host::process::{Command, Stdin};
 
 use self::client::CloudHypervisorClient;
 use self::convert::CloudHypervisorConfig;
@@ -79,7 +82,7 @@ impl RestHypervisor for CloudHypervisor {
     fn capabilities() -> Capabilities {
         let facts = BackendFacts {
             accelerator: Some(AcceleratorFact::Kvm),
-            console: Some(ConsoleFact::Output),
+            console: Some(ConsoleFact::InputAndOutput),
             cpu_time: Some(CpuTimeFact::OfProcess),
             disk_formats: Some(&[DiskFormat::Raw, DiskFormat::Qcow2]),
             disk_rate_limits: Some(true),
@@ -115,7 +118,12 @@ impl RestHypervisor for CloudHypervisor {
     fn prepare(program: &Path, _uid: VmUid, dir: &Path) -> io::Result<Command> {
         EventFile::begin(dir)?;
         let arguments = convert::arguments(&dir.join(SOCKET), &dir.join(EVENTS));
-        Ok(Command::new(program, arguments, dir.join(LOG)))
+        let terminal = console_input::input_terminal()?;
+        Ok(Command {
+            stdin: Stdin::File(terminal.stdin),
+            kept: Some(terminal.kept),
+            ..Command::new(program, arguments, dir.join(LOG))
+        })
     }
 
     async fn configure(client: &CloudHypervisorClient, request: &LaunchRequest) -> Result<(), BackendError> {

@@ -28,8 +28,8 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::Instrument;
 use vmm_core::backend::{
-    AdoptRequest, BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, LadderOptions,
-    LaunchedVmm, NetworkCounters, ResetOutcome, Sample, StorageCounters, Vmm, VmmEvent,
+    AdoptRequest, BackendError, BackendErrorKind, ConsoleInput, Effect, Exit, ExitCause, GuestState,
+    LadderOptions, LaunchedVmm, NetworkCounters, ResetOutcome, Sample, StorageCounters, Vmm, VmmEvent,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::{ProcessIdentity, RunRecord};
@@ -40,6 +40,7 @@ use vmm_host::process::{ExitStatus, Process, ProcessExit, Signal};
 use super::client::{CloudHypervisorClient, DeviceCounters};
 use super::events::{CloudHypervisorEvent, EVENTS, EventFile};
 use super::reset_ends;
+use crate::console_input::TerminalInput;
 use crate::counters;
 use crate::ladder::{self, LadderRungs, UnsentCall};
 use crate::launch::kill;
@@ -72,6 +73,7 @@ struct CloudHypervisorVmm {
     run: RunRecord,
     process: Process,
     client: CloudHypervisorClient,
+    input: TerminalInput,
     expected: Arc<ExpectedEvents>,
     totals: Mutex<CounterTotals>,
 }
@@ -108,7 +110,7 @@ pub(super) fn attend(
     reset_ends: bool,
     watcher: &FileWatcher,
 ) -> LaunchedVmm {
-    let RestVmmParts { record, process, client, dir, spec: _, is_new, changed_ms } = run;
+    let RestVmmParts { record, process, client, dir, spec, is_new, changed_ms } = run;
     let file = if is_new {
         EventFile::from_start(dir)
     } else {
@@ -130,7 +132,9 @@ pub(super) fn attend(
         sender,
     };
     tokio::spawn(monitor.run().instrument(span));
-    let handle = CloudHypervisorVmm { run: record, process, client, expected, totals: Mutex::default() };
+    let input = TerminalInput::new(process.clone(), &spec.console, dir);
+    let handle =
+        CloudHypervisorVmm { run: record, process, client, input, expected, totals: Mutex::default() };
     LaunchedVmm { vmm: Arc::new(handle), events }
 }
 
@@ -488,6 +492,10 @@ impl Vmm for CloudHypervisorVmm {
     async fn kill(&self) -> Result<(), BackendError> {
         self.will_end();
         kill(&self.process).await
+    }
+
+    fn console_input(&self) -> Option<&dyn ConsoleInput> {
+        Some(&self.input)
     }
 }
 

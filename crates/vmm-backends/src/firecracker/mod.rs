@@ -9,9 +9,8 @@
 //!
 //! Firecracker's serial console is its stdin and stdout. stdout is the console's file itself,
 //! opened for appending, so no daemon is needed to keep the output. stdin is a FIFO that
-//! Firecracker holds open for reading and writing. A person who types opens `console.in` in the run
-//! folder for writing, under this daemon or the next, and a writer that closes it causes no end of
-//! input for the guest.
+//! Firecracker holds open for reading and writing. A writer opens `console.in` in the run folder,
+//! under this daemon or the next, and a writer that closes it causes no end of input for the guest.
 
 pub(crate) mod attached;
 mod check;
@@ -24,11 +23,9 @@ pub(crate) mod metrics;
 mod vmm;
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use async_trait::async_trait;
-use rustix::fs::{FileType, Mode, OFlags};
 use vmm_core::backend::{
     AdoptRequest, BackendError, Capabilities, Exit, KernelFormat, LaunchRequest, LaunchedVmm,
 };
@@ -39,21 +36,20 @@ use vmm_core::capabilities::{
 use vmm_core::id::{BackendName, VmUid};
 use vmm_core::report::CheckReport;
 use vmm_core::spec::{DiskFormat, RestartMode, VmSpec};
+use vmm_host::console_input;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, ProcessExit, Stdin};
 
 use self::client::FirecrackerClient;
 use self::convert::FirecrackerConfig;
 use self::metrics::{FirecrackerMetrics, METRICS};
+use crate::console_input::CONSOLE_INPUT;
 use crate::program::{ProgramSpec, Version};
 use crate::rest::adopt::{LOG, SOCKET, rotate_log};
 use crate::rest::backend::{RestBackend, RestHypervisor, RestVmmParts};
 
 /// The backend's name.
 pub const NAME: &str = "firecracker";
-/// The FIFO in the run folder that receives console input.
-pub const CONSOLE_INPUT: &str = "console.in";
-
 /// Firecracker's own log in the run folder. A separate file from its stderr's, because Firecracker
 /// does not append.
 const OWN_LOG: &str = "firecracker.log";
@@ -119,9 +115,12 @@ impl RestHypervisor for Firecracker {
         rotate_log(dir, OWN_LOG)?;
         FirecrackerMetrics::begin(dir)?;
         let arguments = convert::arguments(uid, &dir.join(SOCKET), &dir.join(OWN_LOG), &dir.join(METRICS));
+        let input = dir.join(CONSOLE_INPUT);
+        console_input::make_fifo(&input)?;
         Ok(Command {
-            // Firecracker has a serial port even if the specification turns the console off.
-            stdin: Stdin::File(console_input(&dir.join(CONSOLE_INPUT))?),
+            // Firecracker has a serial port even if the specification turns the console off. The
+            // FIFO does not block, because Firecracker reads on the thread that serves its API.
+            stdin: Stdin::File(console_input::open_fifo_reader(&input)?),
             ..Command::new(program, arguments, dir.join(LOG))
         })
     }
@@ -142,16 +141,4 @@ impl RestHypervisor for Firecracker {
         let dir = request.dir.as_path();
         vmm::explain(ProcessExit::UNKNOWN, false, &FirecrackerMetrics::new(dir), dir).await
     }
-}
-
-/// Creates the FIFO for console input, and opens it as Firecracker's stdin.
-fn console_input(path: &Path) -> io::Result<OwnedFd> {
-    match rustix::fs::mknodat(rustix::fs::CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
-        Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-        Err(error) => return Err(error.into()),
-    }
-    // Opened for reading and writing, because Firecracker then never reads an end of file.
-    // Non-blocking, because Firecracker reads on the thread that serves its API.
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }

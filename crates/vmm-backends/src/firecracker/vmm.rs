@@ -19,8 +19,8 @@ use async_trait::async_trait;
 use tokio::sync::mpsc;
 use tracing::Instrument;
 use vmm_core::backend::{
-    BackendError, Exit, ExitCause, GuestState, LadderOptions, LaunchedVmm, ResetOutcome, Sample, Vmm,
-    VmmEvent,
+    BackendError, ConsoleInput, Exit, ExitCause, GuestState, LadderOptions, LaunchedVmm, ResetOutcome,
+    Sample, Vmm, VmmEvent,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
@@ -29,6 +29,7 @@ use vmm_host::process::{ExitStatus, Process, ProcessExit};
 use super::OWN_LOG;
 use super::client::FirecrackerClient;
 use super::metrics::{FirecrackerMetrics, MetricsSums};
+use crate::console_input::FifoInput;
 use crate::counters;
 use crate::ladder::{self, LadderRungs, UnsentCall};
 use crate::launch::kill;
@@ -46,6 +47,7 @@ struct FirecrackerVmm {
     process: Process,
     client: FirecrackerClient,
     metrics: FirecrackerMetrics,
+    input: FifoInput,
     /// True if this daemon has ordered the end.
     ending: Arc<AtomicBool>,
 }
@@ -64,7 +66,8 @@ pub(super) fn attend(run: RestVmmParts<'_, FirecrackerClient>) -> LaunchedVmm {
         dir: dir.to_path_buf(),
     };
     tokio::spawn(monitor.watch(sender).instrument(span));
-    LaunchedVmm { vmm: Arc::new(FirecrackerVmm { run, process, client, metrics, ending }), events }
+    let input = FifoInput::new(dir);
+    LaunchedVmm { vmm: Arc::new(FirecrackerVmm { run, process, client, metrics, input, ending }), events }
 }
 
 struct FirecrackerMonitor {
@@ -212,6 +215,10 @@ impl Vmm for FirecrackerVmm {
     async fn kill(&self) -> Result<(), BackendError> {
         self.will_end();
         kill(&self.process).await
+    }
+
+    fn console_input(&self) -> Option<&dyn ConsoleInput> {
+        Some(&self.input)
     }
 }
 

@@ -9,7 +9,7 @@ use vmm_core::reason::Reason;
 use vmm_host::process::{self, Lookup, Process};
 use vmm_libvirt_wire::{Call, Domain, DomainState};
 
-use super::convert::restarts;
+use super::convert::{CONSOLE_SOCKET, restarts};
 use super::domain::{DomainOwner, END_POLL_INTERVAL, is_active, owner};
 use super::link::CallError;
 use super::process::Sought;
@@ -61,6 +61,7 @@ pub(super) async fn adopt(backend: &LibvirtBackend, request: AdoptRequest) -> Ad
         restarts: restarts(&request.spec.restart),
         imported: request.imported,
         taps: taps.unwrap_or_else(|| known_taps(&request)),
+        console: (!request.imported).then(|| request.dir.join(CONSOLE_SOCKET)),
     };
     // Two sources are compared: libvirt's state of the domain, and the QEMU process with the
     // domain's UUID. The domain runs, or has ended, only if both agree. A process of which libvirt

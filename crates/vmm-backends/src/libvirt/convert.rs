@@ -29,7 +29,10 @@ use crate::qemu::options::VmOptions;
 
 /// The console socket's name in the run folder. The guest reads from its serial port what is
 /// written to this socket.
-pub const CONSOLE_SOCKET: &str = crate::qemu::convert::CONSOLE_SOCKET;
+///
+/// libvirt (9.0) gives the files of a pipe, which a QEMU of this program uses, to the user of QEMU,
+/// and would give `/dev/null` to that user too.
+pub const CONSOLE_SOCKET: &str = "console.sock";
 
 /// The user that QEMU runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -226,6 +226,7 @@ impl DomainScanner {
             restarts: reported.restarts,
             imported: !ours,
             taps: reported.taps.clone(),
+            console: None,
         };
         let run = facts.record(&process);
         let (_, launched) = assemble(&backend.link, watched, process, facts, run, domain.state);

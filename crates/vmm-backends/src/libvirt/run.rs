@@ -18,6 +18,7 @@ use super::domain::{QUICK_CALL_TIMEOUT, guest_state, unexpected_answer};
 use super::link::{DomainEvents, LibvirtLink};
 use super::monitor::DomainMonitor;
 use super::vmm::LibvirtVmm;
+use crate::console_input::SocketInput;
 use crate::guest_orders::GuestOrders;
 use crate::qemu::exit_schedule::ExitTimeouts;
 use crate::throttle::Throttle;
@@ -38,6 +39,9 @@ pub(super) struct DomainRunFacts {
     /// True if another client created the domain.
     pub(super) imported: bool,
     pub(super) taps: Vec<String>,
+    /// The console's socket. `None` for an imported domain, whose console is where its creator has
+    /// put it.
+    pub(super) console: Option<PathBuf>,
 }
 
 impl DomainRunFacts {
@@ -118,6 +122,7 @@ pub(super) fn assemble(
         restarts: facts.restarts,
         imported: facts.imported,
         taps: facts.taps,
+        input: facts.console.map(SocketInput::new),
         _wanted: wanted,
     });
     (Arc::clone(&vmm), LaunchedVmm { vmm, events })

@@ -343,6 +343,7 @@ impl LibvirtBackend {
             restarts: convert::restarts(&request.spec.restart),
             imported: request.imported,
             taps: request.taps.clone(),
+            console: (!request.imported).then(|| request.dir.join(convert::CONSOLE_SOCKET)),
         }
     }
 

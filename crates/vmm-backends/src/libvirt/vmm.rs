@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, LadderOptions, ResetOutcome, Sample, StorageCounters,
-    Vmm,
+    BackendError, BackendErrorKind, ConsoleInput, Effect, GuestState, LadderOptions, ResetOutcome, Sample,
+    StorageCounters, Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
@@ -18,6 +18,7 @@ use vmm_libvirt_wire::{Call, CallFailureKind, CallResult};
 
 use super::domain::{QUICK_CALL_TIMEOUT, guest_state, is_active, unexpected_answer};
 use super::link::{CallError, LibvirtLink};
+use crate::console_input::SocketInput;
 use crate::counters;
 use crate::guest_orders::GuestOrders;
 use crate::ladder::{self, LadderRungs};
@@ -47,6 +48,8 @@ pub(super) struct LibvirtVmm {
     /// force.
     pub(super) imported: bool,
     pub(super) taps: Vec<String>,
+    /// The input of the console, unless another client created the domain.
+    pub(super) input: Option<SocketInput>,
     /// The monitor notices the drop of this sender, which is dropped together with the handle.
     pub(super) _wanted: oneshot::Sender<()>,
 }
@@ -113,6 +116,10 @@ impl Vmm for LibvirtVmm {
 
     async fn kill(&self) -> Result<(), BackendError> {
         self.end(FORCED_DESTROY_TIMEOUT).await.map(drop)
+    }
+
+    fn console_input(&self) -> Option<&dyn ConsoleInput> {
+        self.input.as_ref().map(|input| input as &dyn ConsoleInput)
     }
 }
 

@@ -41,12 +41,12 @@ pub(super) use trial::{MADE, trial};
 
 /// The QMP socket's name in the run folder.
 pub const QMP_SOCKET: &str = "qmp.sock";
-/// The console socket's name in the run folder. The guest reads from its serial port what is
-/// written to this socket.
-///
-/// QEMU also sends the guest's output to a connected client, and the guest stops once some 270
-/// bytes are unread. A client must therefore read all the time, or disconnect soon.
-pub const CONSOLE_SOCKET: &str = "console.sock";
+/// The console's name in the run folder. QEMU reads the input from the FIFO of this name with `.in`,
+/// and writes the output to the file of this name with `.out`, which leads to `/dev/null`, because
+/// the log has the output.
+const CONSOLE: &str = "console";
+/// The name in the run folder of the file that takes QEMU's own copy of the output.
+pub(super) const CONSOLE_OUTPUT: &str = "console.out";
 /// The name of the file with the process id in the run folder.
 const PID_FILE: &str = "qemu.pid";
 
@@ -447,10 +447,15 @@ fn address(machine: QemuMachine, first_slot: usize, index: usize, transport: usi
 
 fn console(options: &mut Vec<QemuOption>, inputs: &QemuInputs<'_>) {
     if let Some(output) = inputs.console {
-        // QEMU writes the log also without a client, so the console needs no daemon.
-        let mut pairs = listening("console", &inputs.dir.join(CONSOLE_SOCKET));
-        pairs.extend([("logfile", output.into()), ("logappend", "on".into())]);
-        let kind = Some(("backend", "socket".into()));
+        // QEMU writes the log by itself, so the console needs no daemon. A pipe has no client that
+        // could stop the guest by not reading, and no end that the daemon could close by its own.
+        let pairs = vec![
+            ("id", "console".into()),
+            ("path", inputs.dir.join(CONSOLE).into()),
+            ("logfile", output.into()),
+            ("logappend", "on".into()),
+        ];
+        let kind = Some(("backend", "pipe".into()));
         options.push(QemuOption::Pairs { flag: "-chardev", group: "chardev", kind, pairs });
     }
     serial(options, inputs.console.is_some());

@@ -5,7 +5,7 @@
 //!      │ launch: start, connect, cont          adopt: prove, connect
 //!      │    └─ or use a spare                   │
 //!      ▼                                         ▼
-//!   QemuVmm ─ QemuLink ─ Qmp ─► qmp.sock ─► qemu-system-x86_64 ─► console.sock + console log
+//!   QemuVmm ─ QemuLink ─ Qmp ─► qmp.sock ─► qemu-system-x86_64 ─► console log, ◄─ console.in
 //!   QemuMonitor ◄ events ─┘                          │
 //!      └──────────────── pidfd ◄─────────────────────┘
 //! ```
@@ -53,7 +53,6 @@ use vmm_core::report::CheckReport;
 use vmm_core::spec::{DiskFormat, VmSpec};
 
 pub use accelerator::KvmMode;
-pub use convert::CONSOLE_SOCKET;
 use convert::{Accelerator, QemuMachine};
 use spare::SpareQemu;
 use trial::{Trials, Verdict};

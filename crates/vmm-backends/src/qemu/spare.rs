@@ -32,7 +32,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind, Effect, SpareRequest};
 use vmm_host::process::{Command, ProcessGuard, Stdin};
 use vmm_host::run_dir;
 
-use super::convert::{self, Accelerator, CONSOLE_SOCKET, QMP_SOCKET, SpareQemuConfig, SpareQemuInputs};
+use super::convert::{self, Accelerator, QMP_SOCKET, SpareQemuConfig, SpareQemuInputs};
 use super::start::{LOG, clear, host_error};
 use crate::launch::start_blocking;
 use crate::program::{InstalledProgram, Version};
@@ -66,9 +66,7 @@ pub(super) async fn start(
         let kind = BackendErrorKind::Unsupported("spare VMMs");
         return Err(BackendError::new(kind, Effect::NotApplied, message));
     }
-    for socket in [QMP_SOCKET, CONSOLE_SOCKET] {
-        run_dir::socket_path_fits(&request.dir.join(socket)).map_err(host_error)?;
-    }
+    run_dir::socket_path_fits(&request.dir.join(QMP_SOCKET)).map_err(host_error)?;
     let started = tokio::task::spawn_blocking(move || {
         let words =
             convert::spare_arguments(&SpareQemuInputs { uid: request.uid, accelerator, dir: &request.dir });

@@ -20,6 +20,7 @@ use vmm_core::run_permit::RunPermit;
 use vmm_core::spec::VmSpec;
 use vmm_core::store::RunRecord;
 use vmm_host::clock::now_ms;
+use vmm_host::console_input;
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process::{Command, Process, ProcessGuard};
 use vmm_host::run_dir;
@@ -33,6 +34,7 @@ use super::monitor::{QemuMonitor, QemuOwner};
 use super::qmp::{Qmp, QmpEvent};
 use super::spare::SpareQemu;
 use super::vmm::QemuVmm;
+use crate::console_input::{CONSOLE_INPUT, FifoInput};
 use crate::guest_orders::GuestOrders;
 use crate::launch::{early_exit_error, start_vmm, wait_for_permit, wait_for_socket};
 use crate::program::{InstalledProgram, Version};
@@ -60,9 +62,7 @@ pub(super) async fn launch(
 ) -> Result<LaunchedVmm, BackendError> {
     let machine = QemuMachine::of(&request.spec).ok_or_else(|| rejected("there is no such machine"))?;
     let socket = request.dir.join(QMP_SOCKET);
-    for socket in [&socket, &request.dir.join(convert::CONSOLE_SOCKET)] {
-        run_dir::socket_path_fits(socket).map_err(host_error)?;
-    }
+    run_dir::socket_path_fits(&socket).map_err(host_error)?;
     let log = request.dir.join(LOG);
     let start = Arc::new(QemuLaunch { request, machine, accelerator, socket, log });
     if let Some(spare) = spare
@@ -259,6 +259,7 @@ impl QemuVmmParts {
         };
         let span = tracing::info_span!(parent: None, "qemu", %uid, pid = self.process.pid());
         tokio::spawn(monitor.run().instrument(span));
+        let input = FifoInput::new(run.socket.parent().unwrap_or(Path::new("")));
         let vmm = QemuVmm {
             run,
             process: self.process,
@@ -266,6 +267,7 @@ impl QemuVmmParts {
             guest,
             reboot,
             taps: self.taps,
+            input,
             _wanted: wanted,
         };
         LaunchedVmm { vmm: Arc::new(vmm), events }
@@ -273,14 +275,20 @@ impl QemuVmmParts {
 }
 
 /// Removes the sockets and the log that an earlier run left in this folder, so that errors do not
-/// quote an old log. Blocks.
+/// quote an old log, and makes the files of the console. Blocks.
 pub(super) fn clear(dir: &Path) -> Result<(), BackendError> {
     let log = || match std::fs::remove_file(dir.join(LOG)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         Ok(()) | Err(_) => Ok(()),
     };
+    let output = || match std::os::unix::fs::symlink("/dev/null", dir.join(convert::CONSOLE_OUTPUT)) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    };
     run_dir::remove_sockets(dir)
         .and_then(|()| log())
+        .and_then(|()| console_input::make_fifo(&dir.join(CONSOLE_INPUT)))
+        .and_then(|()| output())
         .map_err(|error| host_error(format!("the run folder cannot be cleared: {error}")).caused_by(error))
 }
 

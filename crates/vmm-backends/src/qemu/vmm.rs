@@ -5,7 +5,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::oneshot;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, GuestState, LadderOptions, ResetOutcome, Sample, Vmm,
+    BackendError, BackendErrorKind, ConsoleInput, Effect, GuestState, LadderOptions, ResetOutcome, Sample,
+    Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
@@ -18,6 +19,7 @@ use super::link::QemuLink;
 use super::orders::{self, Commands};
 use super::qmp::{Qmp, QmpError};
 use super::start::LOG;
+use crate::console_input::FifoInput;
 use crate::counters;
 use crate::guest_orders::GuestOrders;
 use crate::ladder::{self, LadderRungs, UnsentCall};
@@ -32,6 +34,7 @@ pub(super) struct QemuVmm {
     pub(super) guest: Arc<GuestOrders>,
     pub(super) reboot: RebootAction,
     pub(super) taps: Vec<String>,
+    pub(super) input: FifoInput,
     /// Dropped together with the handle, which ends the monitor.
     pub(super) _wanted: oneshot::Sender<()>,
 }
@@ -92,6 +95,10 @@ impl Vmm for QemuVmm {
     async fn kill(&self) -> Result<(), BackendError> {
         self.guest.order_end(true);
         launch::kill(&self.process).await
+    }
+
+    fn console_input(&self) -> Option<&dyn ConsoleInput> {
+        Some(&self.input)
     }
 }
 

@@ -87,7 +87,6 @@ const fn accelerator(fact: AcceleratorFact) -> &'static str {
 const fn console(fact: ConsoleFact) -> &'static str {
     match fact {
         ConsoleFact::InputAndOutput => "serial, with input",
-        ConsoleFact::Output => "serial, without input",
         ConsoleFact::OutputUnlessImported => "serial, without input; of an imported VM none",
         ConsoleFact::Elsewhere => "none: it is where QEMU was told to put it",
     }
@@ -193,10 +192,9 @@ mod tests {
         assert_eq!([A::Kvm, A::Tcg, A::AsStarted].map(accelerator), ["kvm", "tcg", "as it was started"]);
         use ConsoleFact as C;
         assert_eq!(
-            [C::InputAndOutput, C::Output, C::OutputUnlessImported, C::Elsewhere].map(console),
+            [C::InputAndOutput, C::OutputUnlessImported, C::Elsewhere].map(console),
             [
                 "serial, with input",
-                "serial, without input",
                 "serial, without input; of an imported VM none",
                 "none: it is where QEMU was told to put it",
             ]
@@ -260,7 +258,7 @@ mod tests {
         assert!(words(&BackendFacts::default()).is_empty());
         let all = BackendFacts {
             accelerator: Some(AcceleratorFact::Kvm),
-            console: Some(ConsoleFact::Output),
+            console: Some(ConsoleFact::InputAndOutput),
             cpu_time: Some(CpuTimeFact::OfProcess),
             create: Some(CreateFact::ImportOnly),
             disk_formats: Some(&[DiskFormat::Raw, DiskFormat::Qcow2]),
@@ -278,7 +276,7 @@ mod tests {
         };
         let expected = [
             ("accelerator", "kvm"),
-            ("console", "serial, without input"),
+            ("console", "serial, with input"),
             ("cpu-time", "of the VMM's process"),
             ("create", "no: a running QEMU is imported"),
             ("disk-formats", "raw, qcow2"),

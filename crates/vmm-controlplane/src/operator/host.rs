@@ -221,7 +221,8 @@ fn hard_limit(limits: &str) -> Option<u64> {
 pub(super) fn socket_names(runtime_dir: &Path) -> DoctorCheck {
     // This is the longest path, because CONSOLE_SOCKET is the longest socket name and all folder
     // names have 32 digits.
-    let longest = runtime_dir.join("vms").join("0".repeat(32)).join(vmm_backends::qemu::CONSOLE_SOCKET);
+    let longest =
+        runtime_dir.join("vms").join("0".repeat(32)).join(vmm_backends::libvirt::convert::CONSOLE_SOCKET);
     let length = longest.as_os_str().len();
     match run_dir::socket_path_fits(&longest) {
         Ok(()) => DoctorCheck::ok("socket paths", format!("{length} of {} bytes", run_dir::MAX_SOCKET_PATH)),

@@ -383,7 +383,7 @@ mod tests {
         let line =
             "fake-qemu -S -append console=ttyS0\u{20}fake.deaf\u{20}fake.slow-off=250\u{20}fake.off-after=9";
         let chardevs = [
-            "socket,id=console,server=on,wait=off,path=/r/v,,m/console.sock,logfile=/r/v,,m/console.log,logappend=on",
+            "pipe,id=console,path=/r/v,,m/console,logfile=/r/v,,m/console.log,logappend=on",
             "socket,id=qmp,server=on,wait=off,path=/r/v,,m/qmp.sock",
         ];
         let mut args: Vec<OsString> = line.splitn(4, ' ').map(OsString::from).collect();
