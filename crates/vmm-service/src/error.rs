@@ -8,7 +8,7 @@ use vmm_core::backend::{BackendError, BackendErrorKind};
 use vmm_core::id::VmId;
 use vmm_core::report::FieldReport;
 use vmm_core::state::{VmOperation, VmState, legal_requests};
-use vmm_core::store::{StoreError, StoreErrorKind};
+use vmm_core::store::{StoreError, StoreErrorKind, VmRecord};
 
 /// A failed use case. Its text is for clients, and describes the failure and the next action.
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +142,17 @@ impl ServiceError {
             return Self::invalid("vm_id", "is required: name a VM, one of those that ListVms shows");
         }
         Self::NotFound(vm_id.to_owned())
+    }
+
+    /// Returns the error of a method that is no operation and that the state of `record` does not
+    /// admit.
+    pub(crate) fn not_legal(method: &str, record: &VmRecord) -> Self {
+        let (vm_id, state) = (&record.vm_id, record.state);
+        Self::precondition(format!(
+            "{method} is not legal for VM \"{vm_id}\" in state {}; legal now: {}",
+            state.name(),
+            legal(state)
+        ))
     }
 
     /// Adds `more` to the text of a store's failure, because more happened than the store knows.

@@ -18,8 +18,9 @@ mod waiters;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
+use vmm_core::backend::Vmm;
 use vmm_core::event::EventSeq;
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::kind::VmKind;
@@ -33,7 +34,8 @@ use crate::metrics::{LatestMetrics, Metrics};
 use macs::MacTable;
 pub(crate) use order::ListFilter;
 use order::VmOrder;
-use waiters::{Waiter, Waiters};
+pub(crate) use waiters::Waiter;
+use waiters::Waiters;
 
 /// The largest number of records that are copied under one hold of the lock.
 const CHUNK: usize = 128;
@@ -95,6 +97,8 @@ struct ShownVm {
     waiters: Waiters,
     /// The samples of the last run, if there was one.
     metrics: Option<LatestMetrics>,
+    /// The VMM of the last run, which the actor owns.
+    vmm: Option<Weak<dyn Vmm>>,
 }
 
 /// The answer to a WaitVm.
@@ -152,7 +156,8 @@ impl Index {
         inner.add_to_maps(&record);
         inner.by_mac.insert(&record);
         let uid = record.uid;
-        let shown = Mutex::new(ShownVm { record, seq, waiters: Waiters::default(), metrics: None });
+        let shown =
+            Mutex::new(ShownVm { record, seq, waiters: Waiters::default(), metrics: None, vmm: None });
         inner.by_uid.insert(uid, IndexEntry { shown, actor });
     }
 
@@ -205,11 +210,25 @@ impl Index {
         woken.send(&record);
     }
 
-    /// Shows the samples of a run that begins. Only the VM's actor calls this.
-    pub(crate) fn show_metrics(&self, uid: VmUid, metrics: LatestMetrics) {
+    /// Shows the samples and the VMM of a run that begins. Only the VM's actor calls this. The VMM
+    /// stays the actor's: it is shown for as long as the actor holds it.
+    pub(crate) fn show_run(&self, uid: VmUid, metrics: LatestMetrics, vmm: Weak<dyn Vmm>) {
         if let Some(entry) = self.read().by_uid.get(&uid) {
-            entry.shown().metrics = Some(metrics);
+            let mut shown = entry.shown();
+            shown.metrics = Some(metrics);
+            shown.vmm = Some(vmm);
         }
+    }
+
+    /// Finds the VMM that the actor of a VM holds.
+    pub(crate) fn held_vmm(&self, uid: VmUid) -> Option<Arc<dyn Vmm>> {
+        self.read().by_uid.get(&uid)?.shown().vmm.as_ref().and_then(Weak::upgrade)
+    }
+
+    /// Returns a waiter that gets no message and whose sender is dropped with the VM. Returns `None`
+    /// if the VM has been removed.
+    pub(crate) fn until_removed(&self, uid: VmUid) -> Option<Waiter> {
+        self.read().by_uid.get(&uid).map(|entry| entry.shown().waiters.add(StateList::default()))
     }
 
     /// Removes a VM, so that its name is free.

@@ -12,7 +12,8 @@
 //! progress. Every commit goes through [`events`], which sends it to watches in the order of the
 //! log. [`check`] checks the host's files before anything is touched, [`claims`] keeps two running
 //! VMs off one disk or TAP, and [`tombstones`] keep the claims of processes that deleted VMs have
-//! left. [`operation_log`] writes the log line of each operation and of each change without a
+//! left. [`console`] streams and bounds the consoles, and takes input beside the actors.
+//! [`operation_log`] writes the log line of each operation and of each change without a
 //! request.
 //!
 //! The modules depend on each other in one direction: [`service`], the use cases, [`shared`],
@@ -23,6 +24,7 @@ mod backends;
 mod check;
 mod claims;
 mod clock;
+mod console;
 mod create;
 mod error;
 mod events;
@@ -54,6 +56,7 @@ mod validate;
 mod wait;
 
 pub use backends::{BackendFamily, BackendStatus, Backends, MakeBackend};
+pub use console::{ConsoleChunk, ConsoleQuery, ConsoleStream};
 pub use create::{CreateRequest, Created};
 pub use error::{FailureAccount, ServiceError};
 pub use events::{EventsPage, EventsQuery, PresentVm, RecordedEvent, Watch, WatchMessage, WatchQuery};

@@ -15,13 +15,11 @@ use tokio::task::JoinError;
 use uuid::Uuid;
 use vmm_core::id::VmUid;
 use vmm_host::process::find_by_argument;
+pub(crate) use vmm_host::run_dir::KEPT_CONSOLE;
 
 /// The time that the list of this host's processes may take at the start. The kernel blocks a
 /// reader of the arguments of a process whose memory is being paged in from a server that is gone.
 const PROCESS_LIST_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The name of the console's file if the client names none.
-pub(crate) const KEPT_CONSOLE: &str = "console.log";
 
 /// Makes a file that only the owner reads, or keeps the one that exists. Blocks.
 pub(crate) fn create_private_file(path: &Path) -> io::Result<()> {

@@ -19,6 +19,7 @@ use crate::actor::{self, ActorOrigin, KnownTaps, NewActor};
 use crate::backends::{BackendStatus, Backends};
 use crate::check::FileChecks;
 use crate::claims::Claims;
+use crate::console::{self, ConsoleFiles, ConsoleQuery, ConsoleStream};
 use crate::create::{self, CreateRequest, Created};
 use crate::error::ServiceError;
 use crate::events::{self, Events, EventsPage, EventsQuery, Watch, WatchQuery};
@@ -141,6 +142,7 @@ impl VmService {
             recoveries: Arc::new(Semaphore::new(RECOVERIES)),
             policy_starts: Arc::new(Semaphore::new(POLICY_STARTS)),
             under_way: OperationCounter::default(),
+            consoles: ConsoleFiles::default(),
             beginnings: Beginnings::default(),
         });
         // The backends are asked before any VM is recovered, so that the first clients see a known
@@ -379,6 +381,24 @@ impl VmService {
     /// Returns an error if the page token or size is not valid, or the store fails.
     pub async fn list_events(&self, query: &EventsQuery) -> Result<EventsPage, ServiceError> {
         self.shared.events.list(query).await
+    }
+
+    /// Streams the console of a VM. Never waits for a VMM.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if no console is kept, it cannot be read, or the offset is past its end.
+    pub async fn stream_console(&self, query: ConsoleQuery) -> Result<ConsoleStream, ServiceError> {
+        ConsoleStream::start(Arc::clone(&self.shared), query).await
+    }
+
+    /// Writes into the console of a VM, beside the operations on it.
+    ///
+    /// # Errors
+    ///
+    /// Returns an error if the VM does not run, takes no input, or its guest does not read.
+    pub async fn write_console(&self, vm_id: &str, data: &[u8]) -> Result<(), ServiceError> {
+        console::write(&self.shared, vm_id, data).await
     }
 
     /// Waits until a VM is in one of `states`.

@@ -14,6 +14,8 @@ pub struct Settings {
     pub metrics_interval: Duration,
     /// The time for which events are kept.
     pub event_retention: Duration,
+    /// The bytes that are kept of each console, at least. At most twice as many take up space.
+    pub console_history: u64,
     /// The number of spare VMMs of each backend that has started a VM. Zero means none.
     pub spare_vmms: usize,
 }

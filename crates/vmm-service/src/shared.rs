@@ -9,6 +9,7 @@ use vmm_host::net::tap::Taps;
 use crate::backends::Backends;
 use crate::check::FileChecks;
 use crate::claims::Claims;
+use crate::console::ConsoleFiles;
 use crate::events::Events;
 use crate::index::Index;
 use crate::names::NameLocks;
@@ -38,6 +39,8 @@ pub(crate) struct Shared {
     pub(crate) policy_starts: Arc<Semaphore>,
     /// The count of operations in progress, so that the end of the daemon can wait for them.
     pub(crate) under_way: OperationCounter,
+    /// The watch on the files of consoles.
+    pub(crate) consoles: ConsoleFiles,
     /// The changes that the recovery of the VMs has found, for the log.
     pub(crate) beginnings: Beginnings,
 }

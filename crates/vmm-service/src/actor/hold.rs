@@ -12,6 +12,7 @@ use vmm_core::store::{Intent, PendingProcess, PendingWork, RunRecord};
 use super::restart::{self, LastEnd};
 use super::{Actor, discovered_files, resets::ResetCounter};
 use crate::clock::now_ms;
+use crate::console::ConsoleTrimmer;
 use crate::mailbox::OperationRequest;
 use crate::metrics::{ContactReport, LatestMetrics, Sampler};
 use crate::sockets::Sockets;
@@ -70,6 +71,8 @@ pub(super) struct HeldVmm {
     pub(super) resets: ResetCounter,
     /// The instant of the next look at the files, if disks are claimed by their paths.
     pub(super) files_due: Option<Instant>,
+    /// Bounds the kept console for as long as the VMM is held.
+    _trimmer: Option<ConsoleTrimmer>,
 }
 
 /// A message from a VMM.
@@ -226,7 +229,8 @@ impl Actor {
         let LaunchedVmm { vmm, events } = launched;
         let interval = self.shared.settings.metrics_interval;
         let metrics = LatestMetrics::default();
-        self.shared.index.show_metrics(self.record.uid, metrics.clone());
+        self.shared.index.show_run(self.record.uid, metrics.clone(), Arc::downgrade(&vmm));
+        let trimmer = ConsoleTrimmer::start_for(&self.shared, &self.record, &self.spec());
         let vm_id = self.record.vm_id.clone();
         let sockets = Sockets::of(&self.record, &run, self.dir());
         let sampler = Sampler::start(Arc::clone(&vmm), sockets, (vm_id, vcpus), interval, metrics);
@@ -240,6 +244,7 @@ impl Actor {
             quiet_since,
             resets: ResetCounter::default(),
             files_due,
+            _trimmer: trimmer,
         })
     }
 

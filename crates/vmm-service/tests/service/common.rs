@@ -150,6 +150,7 @@ impl Bed {
             runtime_dir: self.runtime_dir(),
             default_boot: self.default_boot.clone(),
             metrics_interval: METRICS_INTERVAL,
+            console_history: 1 << 20,
             event_retention: RETENTION_LIMIT,
             spare_vmms: self.spare_vmms,
         };

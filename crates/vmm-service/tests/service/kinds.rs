@@ -93,6 +93,7 @@ fn life<T>(bed: &Bed, current: Arc<dyn Backend>, life: impl AsyncFnOnce(Vms) -> 
         runtime_dir: bed.runtime_dir(),
         default_boot: DefaultBoot::default(),
         metrics_interval: METRICS_INTERVAL,
+        console_history: 1 << 20,
         event_retention: RETENTION_LIMIT,
         spare_vmms: 0,
     };

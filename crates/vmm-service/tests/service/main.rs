@@ -9,6 +9,7 @@
 mod claims;
 mod common;
 mod concurrency;
+mod console;
 mod creation;
 mod disks;
 mod event_log;

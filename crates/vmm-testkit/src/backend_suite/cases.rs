@@ -1,7 +1,7 @@
 //! The list of cases, in the order of the matrix.
 
 use super::case::{Case, CaseGroup, CaseStep};
-use super::{daemon, ends, fields, fields_devices, life, states, vmm_failures};
+use super::{consoles, daemon, ends, fields, fields_devices, life, states, vmm_failures};
 
 macro_rules! life {
     ($case:path) => {
@@ -69,6 +69,8 @@ pub static CASES: &[Case] = &[
     ),
     case!(Devices, fields_devices::console_to_a_file, "`console.output`"),
     case!(Devices, fields_devices::console_off, "`console.enabled` = false"),
+    case!(Devices, consoles::console_streamed, "StreamConsole follows the console over boots"),
+    case!(Devices, consoles::console_input, "WriteConsole: while running, paused and after a reboot"),
     case!(Devices, fields::metadata, "`metadata`"),
     case!(Ends, ends::guest_obeys_shutdown, "ShutdownVm: the guest obeys"),
     case!(Ends, ends::paused_guest_obeys_shutdown, "ShutdownVm while paused: the guest obeys"),

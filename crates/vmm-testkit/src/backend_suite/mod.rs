@@ -23,6 +23,7 @@
 mod case;
 mod cases;
 mod column;
+mod consoles;
 mod daemon;
 mod ends;
 mod fake_column;

@@ -163,6 +163,7 @@ impl DaemonLife {
             runtime_dir: rig.runtime_dir(),
             default_boot: vmm_service::DefaultBoot::default(),
             metrics_interval: METRICS_INTERVAL,
+            console_history: 1 << 20,
             event_retention: Duration::from_secs(3600),
             spare_vmms: 0,
         };

@@ -49,6 +49,11 @@ impl MachineControl {
         self.with_machine(|machine| machine.resets).unwrap_or_default()
     }
 
+    /// Returns the input of the console so far.
+    pub fn typed(&self) -> Vec<u8> {
+        self.with_machine(|machine| machine.typed.clone()).unwrap_or_default()
+    }
+
     /// Makes the guest reset itself. The machine continues.
     pub fn reset(&self) {
         self.emit(VmmEvent::GuestReset);

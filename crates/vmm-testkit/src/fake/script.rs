@@ -35,6 +35,9 @@ pub enum ScriptedMethod {
     Probe,
     /// `Vmm::kill`.
     Kill,
+    /// `ConsoleInput::write_console`. A failure of the kind `Timeout` is that of a guest that does
+    /// not read.
+    WriteConsole,
 }
 
 /// The result of one call.

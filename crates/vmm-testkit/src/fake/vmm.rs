@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use vmm_core::backend::{
-    BackendError, BackendErrorKind, Effect, Exit, ExitCause, GuestState, LadderOptions, NetworkCounters,
-    ResetOutcome, Sample, StorageCounters, Vmm,
+    BackendError, BackendErrorKind, ConsoleInput, ConsoleInputError, ConsoleInputFailure, Effect, Exit,
+    ExitCause, GuestState, LadderOptions, NetworkCounters, ResetOutcome, Sample, StorageCounters, Vmm,
 };
 use vmm_core::state::EndedBy;
 use vmm_core::store::RunRecord;
@@ -215,5 +215,22 @@ impl Vmm for FakeVmm {
         act.before().await?;
         self.finish(ExitCause::VmmFailed).await?;
         act.after().await
+    }
+
+    fn console_input(&self) -> Option<&dyn ConsoleInput> {
+        Some(self)
+    }
+}
+
+#[async_trait]
+impl ConsoleInput for FakeVmm {
+    async fn write_console(&self, data: &[u8], within: Duration) -> Result<(), ConsoleInputError> {
+        let written = self.ask(ScriptedMethod::WriteConsole, |machine| machine.typed.extend_from_slice(data));
+        let cause = match tokio::time::timeout(within, written).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) if error.kind != BackendErrorKind::Timeout => ConsoleInputFailure::Failed(error),
+            Ok(Err(_)) | Err(_) => ConsoleInputFailure::Unread,
+        };
+        Err(ConsoleInputError { taken: 0, cause })
     }
 }

@@ -63,6 +63,8 @@ pub(super) struct FakeMachine {
     pub(super) samples: u64,
     /// The paths of the writable disks.
     pub(super) writes: Vec<PathBuf>,
+    /// The input of the console so far.
+    pub(super) typed: Vec<u8>,
     pub(super) events: mpsc::Sender<VmmEvent>,
     pub(super) gone: watch::Sender<bool>,
 }
@@ -172,6 +174,7 @@ impl FakeWorld {
             since: Instant::now(),
             samples: 0,
             writes: writes.collect(),
+            typed: Vec::new(),
             events,
             gone: watch::Sender::new(false),
         };
