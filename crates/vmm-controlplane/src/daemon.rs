@@ -115,6 +115,7 @@ fn settings(config: &DaemonConfig) -> Settings {
         },
         metrics_interval: config.metrics_interval,
         event_retention: config.event_retention,
+        console_history: config.console_history,
         spare_vmms: config.spare_vmms,
     }
 }

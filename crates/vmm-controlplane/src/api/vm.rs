@@ -1,6 +1,6 @@
 //! The handlers of `vmm.v1.VmService`, one method per call.
 
-use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
+use connectrpc::{RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use vmm_core::store::VmRequest;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
@@ -11,7 +11,7 @@ use super::convert::{
     summary_to_pb,
 };
 use super::error::to_connect;
-use super::{events, size};
+use super::{console, events, size};
 use crate::rpc::{caller, record_vm_id, require_force};
 
 /// The handlers, which call the use cases.
@@ -24,11 +24,6 @@ impl VmHandlers {
     pub fn new(service: VmService) -> Self {
         Self { service }
     }
-}
-
-/// Returns the error of a method that this version does not serve yet.
-fn not_yet(method: &str) -> ConnectError {
-    ConnectError::unimplemented(format!("{method} is not served by this version; a later one will serve it"))
 }
 
 #[allow(refining_impl_trait, reason = "the handlers name the messages they answer with")]
@@ -294,17 +289,20 @@ impl pb::VmService for VmHandlers {
 
     async fn stream_console(
         &self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::StreamConsoleRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::StreamConsoleRequest>,
     ) -> ServiceResult<ServiceStream<pb::StreamConsoleResponse>> {
-        Err(not_yet("StreamConsole"))
+        record_vm_id(&ctx, request.vm_id);
+        Response::stream_ok(console::stream(&self.service, request.to_owned_message()).await?)
     }
 
     async fn write_console(
         &self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::WriteConsoleRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, pb::WriteConsoleRequest>,
     ) -> ServiceResult<pb::WriteConsoleResponse> {
-        Err(not_yet("WriteConsole"))
+        record_vm_id(&ctx, request.vm_id);
+        self.service.write_console(request.vm_id, request.data).await.map_err(to_connect)?;
+        Response::ok(pb::WriteConsoleResponse::default())
     }
 }

@@ -1,6 +1,7 @@
 //! Parses the given texts into a [`DaemonConfig`]. Every setting is parsed, even after an error in
 //! another one, so that all errors are reported at once.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use super::error::{ConfigError, ConfigErrors, Origin};
@@ -20,6 +21,8 @@ const FOLDER: &str = "vmm-controlplane";
 const METRICS_INTERVAL_LIMIT: Duration = Duration::from_secs(86_400);
 /// The most spare VMMs of one backend, because each is a process that waits.
 const SPARE_VMMS_MAX: usize = 16;
+/// The bytes that can be kept of a console: 4 KiB, one block of a file, to 1 GiB.
+const CONSOLE_HISTORY_RANGE: RangeInclusive<u64> = 4 << 10..=1 << 30;
 /// The longest time for which events are kept: ten years.
 const EVENT_RETENTION_LIMIT: Duration = Duration::from_secs(3_650 * 86_400);
 
@@ -90,6 +93,7 @@ impl Loader<'_> {
             self.text(S::MetricsInterval, |text| values::duration(text, METRICS_INTERVAL_LIMIT));
         let event_retention =
             self.text(S::EventRetention, |text| values::duration(text, EVENT_RETENTION_LIMIT));
+        let console_history = self.text(S::ConsoleHistory, |text| values::size(text, &CONSOLE_HISTORY_RANGE));
         let spare_vmms = self.text(S::SpareVmms, |text| values::count(text, SPARE_VMMS_MAX));
         let state_dir = self.state_dir();
         let runtime_dir = self.runtime_dir(state_dir.as_ref());
@@ -119,6 +123,7 @@ impl Loader<'_> {
             defaults: defaults?,
             metrics_interval: metrics_interval?,
             event_retention: event_retention?,
+            console_history: console_history?,
             spare_vmms: spare_vmms?,
             state_dir: state_dir?,
             runtime_dir: runtime_dir?,

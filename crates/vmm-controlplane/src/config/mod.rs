@@ -104,6 +104,8 @@ pub struct DaemonConfig {
     pub metrics_interval: Duration,
     /// The time for which events are kept.
     pub event_retention: Duration,
+    /// The bytes that are kept of each console.
+    pub console_history: u64,
     /// The number of spare VMMs that are kept per backend that has started a VM.
     pub spare_vmms: usize,
     /// The directory of durable state: an absolute path, which need not exist yet.

@@ -126,6 +126,8 @@ settings! {
         MetricsInterval = "metrics_interval" <"DURATION"> Text("10");
         /// Time for which events are kept, such as 7d, 12h or 30m; a bare number is seconds.
         EventRetention = "event_retention" <"DURATION"> Text("7d");
+        /// Bytes that are kept of each console, such as 256K, 1M or 1G; a bare number is bytes.
+        ConsoleHistory = "console_history" <"SIZE"> Text("1M");
         /// Number of spare VMMs for each backend that has started a VM; 0 keeps none.
         SpareVmms = "spare_vmms" <"COUNT"> Text("0");
         /// Directory of the database, which must survive a reboot of the host; for a user other than root $XDG_STATE_HOME/vmm-controlplane.

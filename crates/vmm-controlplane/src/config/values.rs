@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -365,6 +366,28 @@ pub(super) fn duration(text: &str, most: Duration) -> Result<Duration, ValueErro
     let duration = number.checked_mul(unit).map(Duration::from_secs);
     let in_range = duration.filter(|duration| (Duration::from_secs(1)..=most).contains(duration));
     in_range.ok_or_else(|| ValueError::not(text, "is out of range", want()))
+}
+
+/// Reads a whole number of bytes in `range`, with an optional unit (K, M, G) of 1,024 each.
+pub(super) fn size(text: &str, range: &RangeInclusive<u64>) -> Result<u64, ValueError> {
+    let want = || {
+        format!(
+            "a whole number of bytes, or one with a unit (256K, 1M, 1G), from {} to {}",
+            range.start(),
+            range.end()
+        )
+    };
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: u64 = match &text[digits.len()..] {
+        "" => 1,
+        "K" => 1 << 10,
+        "M" => 1 << 20,
+        "G" => 1 << 30,
+        _ => return Err(ValueError::not(text, "has an unknown unit", want())),
+    };
+    let number = digits.parse::<u64>().map_err(|_| ValueError::not(text, "is not a size", want()))?;
+    let size = number.checked_mul(unit).filter(|size| range.contains(size));
+    size.ok_or_else(|| ValueError::not(text, "is out of range", want()))
 }
 
 /// Reads a count: a whole number of at most `most`.

@@ -1,7 +1,5 @@
 //! The clock of a guest that was paused, as docs/api-reference.md tells of it.
 
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::json;
@@ -24,7 +22,7 @@ struct Behind {
 }
 
 /// Asks the guest for its clocks, by a line on its console.
-fn ask(world: &World, console: &mut UnixStream, vm_id: &str) -> Behind {
+fn ask(world: &World, vm_id: &str) -> Behind {
     let read = || {
         let text = world.console(vm_id);
         let reported = text.lines().filter_map(|line| line.trim().strip_prefix(WORD));
@@ -35,7 +33,7 @@ fn ask(world: &World, console: &mut UnixStream, vm_id: &str) -> Behind {
     };
     let before: Vec<(u64, u64)> = read();
     let line = format!("run echo {WORD}$(date +%s) $(cat /sys/class/rtc/rtc0/since_epoch)\n");
-    console.write_all(line.as_bytes()).unwrap();
+    world.type_at_console(vm_id, line.as_bytes());
     eventually("the guest tells its clocks", || read().len() > before.len());
     let host = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
     let (system, hardware) = read()[before.len()];
@@ -55,23 +53,17 @@ fn after_a_pause_qemus_guest_clock_is_late_and_its_hardware_clock_is_right() {
         "memory": {"size_bytes": 268435456},
         "boot": {"kernel_path": kernel, "initrd_path": initrd, "kernel_args": "console=ttyS0 cryptomgr.notests"},
     });
-    let created = world.create("vm", &config);
+    world.create("vm", &config);
     world.boot("vm");
     world.wait_for_console("vm", "vmcp-guest: ready", 1);
-    let uid = created["uid"].as_str().unwrap().replace('-', "");
-    let socket = world.dir.path().join("run/vms").join(uid).join("console.sock");
-    let mut console = UnixStream::connect(socket).unwrap();
-    // A guest waits for whoever is connected and does not read.
-    let mut output = console.try_clone().unwrap();
-    let reading = std::thread::spawn(move || while output.read(&mut [0; 4096]).is_ok_and(|read| read > 0) {});
 
-    let before = ask(&world, &mut console, "vm");
+    let before = ask(&world, "vm");
     assert!(before.hardware <= ON_THE_WAY, "{} s", before.hardware);
     world.call("PauseVm", &json!({"vm_id": "vm"})).ok();
     let paused = Instant::now();
     eventually("the pause is over", || paused.elapsed() > QUIET_INTERVAL);
     world.call("ResumeVm", &json!({"vm_id": "vm"})).ok();
-    let after = ask(&world, &mut console, "vm");
+    let after = ask(&world, "vm");
     assert!(
         after.system + ON_THE_WAY >= before.system + QUIET_INTERVAL.as_secs(),
         "the guest was {} s behind, and is {} s",
@@ -81,7 +73,6 @@ fn after_a_pause_qemus_guest_clock_is_late_and_its_hardware_clock_is_right() {
     assert!(after.hardware <= ON_THE_WAY, "{} s", after.hardware);
 
     world.call("DeleteVm", &json!({"vm_id": "vm", "force": true})).ok();
-    reading.join().unwrap();
     world.assert_nothing_left();
 }
 

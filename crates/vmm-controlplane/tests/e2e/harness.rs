@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -286,6 +287,14 @@ impl World {
         let uid = self.info(vm_id)["uid"].as_str().unwrap().replace('-', "");
         let path = self.dir.path().join("run/vms").join(uid).join("console.log");
         String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+    }
+
+    /// Types `bytes` at the console of a VM.
+    #[track_caller]
+    #[allow(dead_code, reason = "as above")]
+    pub(crate) fn type_at_console(&self, vm_id: &str, bytes: &[u8]) {
+        let data = base64::engine::general_purpose::STANDARD.encode(bytes);
+        self.call("WriteConsole", &json!({"vm_id": vm_id, "data": data})).ok();
     }
 
     /// Waits until the kept console has `text` `times` times.

@@ -114,7 +114,7 @@ fn a_failed_or_refused_call_has_one_warning_with_its_reason() {
         ("id-3", "CreateVm", json!({"vm_id": 7}), "invalid_argument", "vm_id: must be text"),
         ("id-4", "GetVmInfo", json!({}), "invalid_argument", "vm_id: is required"),
         ("id-5", "StartVm", json!({}), "unimplemented", "has no method"),
-        ("id-6", "WriteConsole", json!({}), "unimplemented", "WriteConsole is not served"),
+        ("id-6", "WriteConsole", json!({}), "invalid_argument", "vm_id: is required"),
     ];
     for (id, method, body, ..) in &cases {
         call_as(&world, id, method, body);

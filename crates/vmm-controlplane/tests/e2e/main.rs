@@ -16,6 +16,7 @@ mod bad_input;
 mod busy;
 mod cli;
 mod clock;
+mod console;
 mod damage;
 mod devices;
 mod events;
