@@ -30,7 +30,7 @@ pub(crate) enum Failure {
     /// The output could not be written.
     #[error("the output cannot be written: {0}")]
     Output(io::Error),
-    /// Everything is on the screen already, and only the exit code is left to give.
+    /// The failure has been printed already, and only the exit code remains.
     #[error("exit code {0}")]
     Reported(u8),
 }
@@ -62,7 +62,7 @@ impl Failure {
     pub(crate) fn exit_number(&self) -> u8 {
         match self {
             Self::Reported(number) => *number,
-            // A reader that has gone, as in `| head`, has what it wanted.
+            // A reader that closes the pipe, such as `head`, needs no more output.
             Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
             other => other.code().map_or(OWN_FAILURE, number_of),
         }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! - [`cli`]: the commands and their arguments, which are also the help and the man pages.
-//! - [`commands`]: a file for each thing that a person does.
+//! - [`commands`]: a file for each command.
 //! - [`config`]: the choice of the server. [`input`]: a VM's configuration from flags or a file.
 //! - [`connect`]: the generated client, names and prefixes, retries.
 //! - [`output`]: tables, messages, errors, the spinner.
@@ -33,7 +33,8 @@ use crate::failure::Failure;
 use crate::output::{Output, problem, remark};
 
 fn main() -> ExitCode {
-    // A shell that completes calls this program with this variable set, and wants nothing else printed.
+    // A shell that completes calls this program with this variable set and reads its output, so
+    // nothing else may be printed.
     CompleteEnv::with_factory(Cli::command).var(commands::completion::VARIABLE).complete();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -68,7 +69,7 @@ fn refuse(error: &clap::Error) -> ExitCode {
 fn run(cli: Cli, server: &mut String) -> Result<(), Failure> {
     let Cli { global, command } = cli;
     match command {
-        // These need no server, and must work where none is configured.
+        // These commands need no server, and must work without a configured one.
         Command::Completion { shell } => commands::completion::registration(shell),
         Command::Man(arguments) => commands::man::run(&arguments),
         command => {

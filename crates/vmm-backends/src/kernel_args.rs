@@ -80,8 +80,11 @@ mod tests {
         let machines = [PanicReport::Device, PanicReport::None("That machine")];
         for machine in machines {
             for mode in [on_failure, always] {
-                let told = warnings(mode, "console=ttyS0 panic=0", machine);
-                assert!(matches!(&told[..], [one] if one.contains("add panic=1")), "{machine:?}: {told:?}");
+                let reported = warnings(mode, "console=ttyS0 panic=0", machine);
+                assert!(
+                    matches!(&reported[..], [one] if one.contains("add panic=1")),
+                    "{machine:?}: {reported:?}"
+                );
                 assert_eq!(warnings(mode, "panic=1", machine), [""; 0], "{machine:?}");
             }
             for mode in [0, never, guest_reboot] {

@@ -272,7 +272,7 @@ async fn end_by_signals(process: &Process, mut reached: EndedBy) -> Result<Ended
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CallOutcome {
     /// The VMM accepted the order, or ended during the call.
-    Taken,
+    Accepted,
     /// The connection broke without an answer.
     Lost,
     /// The VMM did not answer in time.
@@ -285,7 +285,7 @@ impl CallOutcome {
     /// Returns the time to wait for the end of the VM after this outcome.
     fn exit_timeout(self) -> Duration {
         match self {
-            Self::Taken | Self::Lost => END_TIMEOUT,
+            Self::Accepted | Self::Lost => END_TIMEOUT,
             Self::Refused => EXIT_REPORT_TIMEOUT,
             // The wait for the answer was also a wait for the end, and the next rung needs no
             // answer.
@@ -301,16 +301,16 @@ async fn call_vmm(process: &Process, limit: Duration, call: UnsentCall<'_>, what
     let answer = tokio::select! {
         biased;
         answer = call => answer,
-        _ = process.wait() => return CallOutcome::Taken,
+        _ = process.wait() => return CallOutcome::Accepted,
         () = tokio::time::sleep(limit) => {
             tracing::warn!(pid = process.pid(), call = what, "the VMM does not answer a call");
             return CallOutcome::Silent;
         }
     };
-    let Err(error) = answer else { return CallOutcome::Taken };
+    let Err(error) = answer else { return CallOutcome::Accepted };
     tracing::warn!(pid = process.pid(), call = what, %error, "the VMM refused a call");
     match error.effect {
-        Effect::Applied => CallOutcome::Taken,
+        Effect::Applied => CallOutcome::Accepted,
         Effect::Unknown => CallOutcome::Lost,
         Effect::NotApplied => CallOutcome::Refused,
     }

@@ -70,8 +70,8 @@ pub(crate) fn dangers(
     let signed = Signed { known, others, unmarked: false };
     let changed = instance.and_then(|_| changed(config, known));
     let danger = lasting::danger(&config.runtime_dir, daemon.unwrap_or_else(std::process::id));
-    // A state directory without a database shares nothing: its settings are probably not those of the
-    // daemon.
+    // A state directory without a database shares nothing: its settings are probably not those of
+    // the daemon.
     let has_database = vmm_store::has_database(&config.state_dir).unwrap_or(true);
     let shared = if has_database { shared(config, &signed) } else { elsewhere(config) };
     changed.into_iter().chain(danger).chain(shared).collect()

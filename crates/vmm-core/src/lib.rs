@@ -4,8 +4,8 @@
 //! - A VM is described by [`config`] as sent and by [`spec`] as checked. [`id`] has the names.
 //! - [`state`] has the states of a VM and the requests that each state admits. [`intent`] has the
 //!   operations that a crash may interrupt.
-//! - [`backend`] is the port to a hypervisor, and [`store`] the port to durable state. [`event`] has
-//!   the entries of the log of VMs.
+//! - [`backend`] is the port to a hypervisor, and [`store`] the port to durable state. [`event`]
+//!   has the entries of the log of VMs.
 //!
 //! No module does I/O, speaks protobuf or knows a hypervisor by name. Therefore all of it can be
 //! tested by plain calls.

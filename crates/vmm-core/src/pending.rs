@@ -31,7 +31,8 @@ pub enum PendingProcess {
     /// There is no such process.
     #[default]
     None,
-    /// The process of a start that was cancelled before its VMM received any data. It runs no guest.
+    /// The process of a start that was cancelled before its VMM received any data. It runs no
+    /// guest.
     Leftover,
     /// A process that may run the guest, and that does not answer or is not held.
     OutOfReach,
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_status_of_an_earlier_release_tells_its_work() {
+    fn pending_work_is_read_from_the_status_of_an_earlier_release() {
         for (phase, restart, process) in [
             (Phase::Stopped, false, PendingProcess::None),
             (Phase::Failed, false, PendingProcess::None),

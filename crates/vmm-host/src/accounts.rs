@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_has_the_name_of_its_own_line() {
+    fn an_account_number_has_the_name_of_its_own_line() {
         let known = "root:x:0:0:root:/root:/bin/sh\n# 7:x:7\n\nkvm:x:7:ann,bob\n";
         assert_eq!(name_in(known, 0).as_deref(), Some("root"));
         assert_eq!(name_in(known, 8), None);

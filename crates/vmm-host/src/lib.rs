@@ -2,8 +2,8 @@
 //!
 //! - A VM on the host: its [`process`] with the proof of identity, its [`run_dir`], its [`socket`],
 //!   its [`net`] interfaces, and the [`files`] that a client names.
-//! - The host itself: [`kvm`] and other [`device`] files, [`memory`], [`mounts`], the [`clock`], file [`descriptors`], and
-//!   programs on the [`path`].
+//! - The host itself: [`kvm`] and other [`device`] files, [`memory`], [`mounts`], the [`clock`],
+//!   file [`descriptors`], and programs on the [`path`].
 //! - The daemon's own order: the [`lock`] of a state directory, the [`survey`] of the program's
 //!   traces, a runtime folder that is [`lasting`] or not, and the [`fault`] points of tests.
 //! - Other programs: the [`endpoint`] that another program made, and the [`growth`] and the

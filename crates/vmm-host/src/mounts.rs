@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_mount_is_seen_at_the_next_question() {
+    fn a_new_mount_is_seen_at_the_next_check() {
         struct Mounted(PathBuf);
         impl Drop for Mounted {
             fn drop(&mut self) {
@@ -262,7 +262,7 @@ mod tests {
         let mount = Command::new("mount").args(["-t", "tmpfs", "none"]).arg(&point).output();
         if !mount.as_ref().is_ok_and(|mount| mount.status.success()) {
             let why = format!("no mount is possible here: {mount:?}");
-            return vmm_testkit::skip::skipped("a_new_mount_is_seen_at_the_next_question", &why);
+            return vmm_testkit::skip::skipped("a_new_mount_is_seen_at_the_next_check", &why);
         }
         let mounted = Mounted(point.clone());
         assert!(table.now().points.contains_key(&point));

@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hint_names_only_commands_that_exist_and_stands_for_none_that_does() {
+    fn every_hint_names_an_existing_command_and_replaces_none() {
         let names: Vec<_> =
             Cli::command().get_subcommands().map(|command| command.get_name().to_owned()).collect();
         for (words, hint) in WORDS {

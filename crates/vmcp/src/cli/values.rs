@@ -86,7 +86,7 @@ pub(super) fn seconds(text: &str) -> Result<i32, String> {
     let time = duration(text)?;
     let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
     match i32::try_from(seconds) {
-        // The API takes 0 for its default, and nobody who types 0 means 30 seconds.
+        // The API reads 0 as its default of 30 seconds, which a user who types 0 does not mean.
         Ok(0) => Err("is no time; --force asks nobody".to_owned()),
         Ok(fitting) if seconds <= LONGEST_SECONDS => Ok(fitting),
         _ => Err("is more than an hour".to_owned()),

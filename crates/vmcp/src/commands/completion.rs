@@ -32,8 +32,8 @@ pub(crate) fn registration(shell: Shell) -> Result<(), Failure> {
     std::io::stdout().lock().write_all(&code).map_err(Failure::Output)
 }
 
-/// Returns the VMs whose names begin as `typed` does. There are none where the server does not
-/// answer, because a prompt is no place for an error.
+/// Returns the VMs whose names begin as `typed` does. The list is empty if the server does not
+/// answer, because an error must not appear at a prompt.
 pub(crate) fn names(typed: &OsStr) -> Vec<CompletionCandidate> {
     let Some(typed) = typed.to_str() else { return Vec::new() };
     let words: Vec<_> = std::env::args_os().filter_map(|word| word.into_string().ok()).collect();
@@ -59,8 +59,8 @@ fn ask(words: &[String]) -> Option<Vec<pb::VmInfo>> {
         .map(|list| list.vms)
 }
 
-/// Returns the value of an option among words. Bash breaks words at `=` and `:`, and hands over the
-/// parts; they are put together again.
+/// Returns the value of an option among words. Bash breaks words at `=` and `:` and passes the
+/// parts, which this function joins again.
 fn option(words: &[String], name: &str) -> Option<String> {
     let mut words = words.iter().map(String::as_str).peekable();
     while let Some(word) = words.next() {

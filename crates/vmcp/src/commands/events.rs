@@ -9,7 +9,7 @@ use crate::connect::{Client, names};
 use crate::failure::Failure;
 use crate::output::Table;
 
-/// The events in a page, the most that the server gives.
+/// The number of events in a page, which is the server's limit.
 const PAGE_SIZE: i32 = 1000;
 
 pub(super) async fn run(session: &mut Session, arguments: &Events) -> Result<(), Failure> {
@@ -27,7 +27,7 @@ pub(super) async fn run(session: &mut Session, arguments: &Events) -> Result<(),
     }
     let names: Vec<_> = answer.events.iter().map(|event| event.vm_id.as_str()).collect();
     session.output.answer(&answer, &names, |width| {
-        // A uid is long, so it is shown only where the name does not tell which VM an event is of.
+        // A uid is long, so it is shown only if two VMs have the same name.
         if !event::has_namesakes(&answer.events) {
             let mut table = Table::new(width, event::HEADING);
             answer.events.iter().for_each(|event| table.row(event::cells(event)));
@@ -43,8 +43,8 @@ pub(super) async fn run(session: &mut Session, arguments: &Events) -> Result<(),
     })
 }
 
-/// Returns the VM that a name means. A deleted VM has its events still, so a name that no VM has is
-/// taken as it is.
+/// Returns the VM that a name means. The events of a deleted VM are still kept, so a name without a
+/// VM is used unchanged.
 pub(super) async fn present_or_deleted(client: &Client, name: &str) -> Result<String, Failure> {
     match names::resolve(client, name).await {
         Err(failure) if failure.code() == Some(ErrorCode::NotFound) => Ok(name.to_owned()),

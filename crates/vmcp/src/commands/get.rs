@@ -15,7 +15,7 @@ pub(super) async fn run(session: &mut Session, arguments: &Get) -> Result<(), Fa
     session.output.answer(&answer, &[&answer.vm_id], |width| facts(&answer, width))
 }
 
-/// Returns the facts of a VM, one a line. A fact that is not there has no line.
+/// Returns the facts of a VM, one a line. A fact without a value has no line.
 fn facts(vm: &pb::GetVmInfoResponse, width: Option<u16>) -> String {
     let mut table = Table::facts(width);
     let mut fact = |name: &str, value: String| {

@@ -24,7 +24,7 @@ pub(super) async fn run(session: &mut Session) -> Result<(), Failure> {
     }
     match answer.status {
         StatusCode::OK => Ok(()),
-        // The page says why, and the code is the one of a call that could not be served.
+        // The page has the reason. The exit code is that of a call to an unavailable backend.
         _ => Err(Failure::Reported(number_of(ErrorCode::Unavailable))),
     }
 }

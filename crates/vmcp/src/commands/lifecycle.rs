@@ -1,7 +1,7 @@
 //! `vmcp boot`, `shutdown`, `pause`, `resume`, `reboot` and `delete`.
 //!
-//! Each takes several VMs, one after the other. One that fails does not keep the others from being
-//! carried out; the exit code is that of the first failure.
+//! Each takes several VMs, one after the other. A failure for one VM does not stop the others. The
+//! exit code is that of the first failure.
 
 use buffa::EnumValue;
 use connectrpc::ConnectError;
@@ -10,7 +10,7 @@ use vmm_proto::v1 as pb;
 
 use super::Session;
 use crate::cli::{Delete, Names, Reboot, Shutdown};
-use crate::connect::{Client, names, patient};
+use crate::connect::{Client, long_call, names};
 use crate::failure::Failure;
 use crate::output::progress::Progress;
 use crate::output::{escape, problem, remark, words};
@@ -18,7 +18,7 @@ use crate::output::{escape, problem, remark, words};
 pub(super) async fn boot(session: &mut Session, names: &Names) -> Result<(), Failure> {
     let call = async |client: &Client, vm_id: &str| {
         let request = pb::BootVmRequest { vm_id: vm_id.to_owned(), ..Default::default() };
-        Ok::<_, ConnectError>(client.boot_vm_with_options(request, patient()).await?.into_owned())
+        Ok::<_, ConnectError>(client.boot_vm_with_options(request, long_call()).await?.into_owned())
     };
     each(session, names, call, |vm_id, done| line(vm_id, &done.state, "")).await
 }
@@ -31,7 +31,7 @@ pub(super) async fn shutdown(session: &mut Session, arguments: &Shutdown) -> Res
             timeout_seconds: arguments.timeout.unwrap_or_default(),
             ..Default::default()
         };
-        Ok::<_, ConnectError>(client.shutdown_vm_with_options(request, patient()).await?.into_owned())
+        Ok::<_, ConnectError>(client.shutdown_vm_with_options(request, long_call()).await?.into_owned())
     };
     each(session, &arguments.names, call, |vm_id, done| line(vm_id, &done.state, &done.ended_by)).await
 }
@@ -39,7 +39,7 @@ pub(super) async fn shutdown(session: &mut Session, arguments: &Shutdown) -> Res
 pub(super) async fn pause(session: &mut Session, names: &Names) -> Result<(), Failure> {
     let call = async |client: &Client, vm_id: &str| {
         let request = pb::PauseVmRequest { vm_id: vm_id.to_owned(), ..Default::default() };
-        Ok::<_, ConnectError>(client.pause_vm_with_options(request, patient()).await?.into_owned())
+        Ok::<_, ConnectError>(client.pause_vm_with_options(request, long_call()).await?.into_owned())
     };
     each(session, names, call, |vm_id, done| line(vm_id, &done.state, "")).await
 }
@@ -47,7 +47,7 @@ pub(super) async fn pause(session: &mut Session, names: &Names) -> Result<(), Fa
 pub(super) async fn resume(session: &mut Session, names: &Names) -> Result<(), Failure> {
     let call = async |client: &Client, vm_id: &str| {
         let request = pb::ResumeVmRequest { vm_id: vm_id.to_owned(), ..Default::default() };
-        Ok::<_, ConnectError>(client.resume_vm_with_options(request, patient()).await?.into_owned())
+        Ok::<_, ConnectError>(client.resume_vm_with_options(request, long_call()).await?.into_owned())
     };
     each(session, names, call, |vm_id, done| line(vm_id, &done.state, "")).await
 }
@@ -60,7 +60,7 @@ pub(super) async fn reboot(session: &mut Session, arguments: &Reboot) -> Result<
             timeout_seconds: arguments.timeout.unwrap_or_default(),
             ..Default::default()
         };
-        Ok::<_, ConnectError>(client.reboot_vm_with_options(request, patient()).await?.into_owned())
+        Ok::<_, ConnectError>(client.reboot_vm_with_options(request, long_call()).await?.into_owned())
     };
     each(session, &arguments.names, call, |vm_id, done| line(vm_id, &done.state, &done.ended_by)).await
 }
@@ -69,7 +69,7 @@ pub(super) async fn delete(session: &mut Session, arguments: &Delete) -> Result<
     let call = async |client: &Client, vm_id: &str| {
         let request =
             pb::DeleteVmRequest { vm_id: vm_id.to_owned(), force: arguments.force, ..Default::default() };
-        let done = client.delete_vm_with_options(request, patient()).await?.into_owned();
+        let done = client.delete_vm_with_options(request, long_call()).await?.into_owned();
         for left in &done.left_behind {
             remark(&format!(
                 "warning: left behind: {}: {}",
@@ -95,7 +95,7 @@ async fn each<M: Serialize>(
             Ok(()) => {}
             // The last words of a single VM are printed by the caller.
             Err(failure) if names.names.len() == 1 => return Err(failure),
-            // Nobody reads any more, or the user pressed Ctrl-C.
+            // The output is closed, or the user pressed Ctrl-C.
             Err(failure @ (Failure::Output(_) | Failure::Reported(_))) => return Err(failure),
             Err(failure) => {
                 let server = session.server.to_string();
@@ -123,7 +123,8 @@ async fn one<M: Serialize>(
     session.output.answer(&answer, &[&vm_id], |_| line_of(&vm_id, &answer))
 }
 
-/// Says that Ctrl-C ended this program alone: the daemon carries out what it has admitted.
+/// Prints that Ctrl-C ended this program only, because the daemon completes an operation that it
+/// has admitted.
 fn print_interrupt(vm_id: &str) {
     let vm_id = escape::line(vm_id);
     remark(&format!("vmcp: the daemon goes on with the operation; `vmcp get {vm_id}` shows how it ends"));

@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::output::progress::Progress;
 use crate::output::{escape, words};
 
-/// The time that one call waits. A server that vanishes without a word is noticed after that time.
+/// The time that one call waits. A server that has vanished is noticed after that time.
 const TURN_INTERVAL: Duration = Duration::from_secs(30);
 /// The time that the answer may take beyond the turn.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
@@ -72,7 +72,7 @@ impl Waiter<'_> {
         }
     }
 
-    /// Waits for one turn. The VM must be the one that the wait began with.
+    /// Makes one call of WaitVm. Fails if another VM has the name by now.
     async fn turn(&self) -> Result<pb::WaitVmResponse, ConnectError> {
         if uid_of(&self.session.client, &self.vm_id).await? != self.uid {
             let message = format!("VM \"{}\" was deleted, and another one has its name now", self.vm_id);
@@ -90,13 +90,13 @@ impl Waiter<'_> {
         Ok(self.session.client.wait_vm_with_options(request, options).await?.into_owned())
     }
 
-    /// Returns the time until the deadline; none where there is no deadline.
+    /// Returns the time until the deadline, or `None` without a deadline.
     fn left(&self) -> Option<Duration> {
         self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
     }
 }
 
-/// Returns the error of a wait whose time is over. The server's own names the state of the VM.
+/// Returns the error of a wait that timed out. The server's own error names the state of the VM.
 fn late(error: ConnectError) -> ConnectError {
     if error.code == ErrorCode::DeadlineExceeded {
         return error;

@@ -18,19 +18,20 @@ use vmm_proto::v1 as pb;
 use super::events::present_or_deleted;
 use super::{Session, event};
 use crate::cli::Watch;
-use crate::connect::patient;
+use crate::connect::long_call;
 use crate::connect::retry::{Retry, is_passing};
 use crate::failure::Failure;
 use crate::output::{Format, escape, remark};
 
-/// The longest silence of a stream that lives: the server sends a sign of life every 30 s.
+/// The longest silence of a live stream: the server sends a sign of life every 30 s.
 const SILENCE_LIMIT: Duration = Duration::from_secs(75);
 
-/// A watch that goes on where it was when the server comes back.
+/// A watch that continues from its last event after a loss of the server.
 struct Watcher {
     request: pb::WatchVmsRequest,
     retry: Retry,
-    /// True once the server has taken the watch. Before that the user must mend the error.
+    /// True once the server has accepted the watch. An earlier error is final, because only the
+    /// user can remove its cause.
     was_taken: bool,
 }
 
@@ -61,7 +62,7 @@ pub(super) async fn run(session: &mut Session, arguments: &Watch) -> Result<(), 
 impl Watcher {
     /// Prints events until the stream ends. Returns the reason of the end.
     async fn follow(&mut self, session: &mut Session) -> Failure {
-        let call = session.client.watch_vms_with_options(self.request.clone(), patient());
+        let call = session.client.watch_vms_with_options(self.request.clone(), long_call());
         let mut events = match call.await {
             Ok(events) => events,
             Err(error) => return error.into(),
@@ -97,7 +98,7 @@ impl Watcher {
             return Err(error.into());
         }
         match error.code {
-            // The call's own deadline passed, which is no trouble of the server.
+            // The deadline of the call has passed, so the server has not failed.
             ErrorCode::DeadlineExceeded => return Ok(()),
             ErrorCode::OutOfRange => {
                 remark("vmcp: events since the last one are no longer kept; the present state follows");

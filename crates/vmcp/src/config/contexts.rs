@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{Environment, Server};
 use crate::failure::Failure;
 
-/// The contexts file. A file that is not there has no contexts.
+/// The contexts file. A missing file has no contexts.
 #[derive(Debug, Default)]
 pub(crate) struct Contexts {
     path: PathBuf,

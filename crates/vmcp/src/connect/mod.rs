@@ -36,7 +36,7 @@ pub(crate) fn client(server: &Server) -> Client {
 }
 
 /// Returns the options of a call that waits for a guest, for other operations or for events.
-pub(crate) fn patient() -> CallOptions {
+pub(crate) fn long_call() -> CallOptions {
     CallOptions::default().with_timeout(LONGEST_TIMEOUT)
 }
 

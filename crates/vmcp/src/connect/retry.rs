@@ -29,7 +29,7 @@ pub(crate) fn is_passing(error: &ConnectError) -> bool {
     )
 }
 
-/// The state of a connection that is tried again until it is there.
+/// The state of a connection that is retried until it succeeds.
 #[derive(Debug, Default)]
 pub(crate) struct Retry {
     /// The number of attempts that failed in a row.

@@ -50,7 +50,7 @@ pub(super) fn request(flags: &Flags, server: &Server) -> Result<pb::CreateVmRequ
     Ok(pb::CreateVmRequest { config: config.into(), ..Default::default() })
 }
 
-/// Returns pairs as a map. Of a key that stands twice the last value counts, as with other flags.
+/// Returns pairs as a map. The last value of a repeated key is used, as with other flags.
 fn pairs(pairs: &[Pair]) -> std::collections::BTreeMap<String, String> {
     pairs.iter().map(|pair| (pair.key.clone(), pair.value.clone())).collect()
 }

@@ -17,8 +17,8 @@ const FILE_LIMIT: u64 = 4 << 20;
 /// The name of the standard input on the command line.
 const STANDARD_INPUT: &str = "-";
 
-/// Returns the request that the arguments describe. A name or backend of the command line takes the
-/// place of the file's. Relative paths of flags become absolute if the server is on this host.
+/// Returns the request that the arguments describe. A name or backend of the command line replaces
+/// the file's. Relative paths of flags become absolute if the server is on this host.
 ///
 /// # Errors
 ///

@@ -46,7 +46,7 @@ impl Format {
 /// The standard output.
 pub(crate) struct Output {
     format: Format,
-    /// The columns of the terminal; none where the output is no terminal.
+    /// The columns of the terminal; `None` if the output is no terminal.
     width: Option<u16>,
     /// The number of YAML documents written so far, because a marker stands between two.
     documents: usize,
@@ -58,12 +58,12 @@ impl Output {
         Self { format, width: terminal_width(), documents: 0 }
     }
 
-    /// Returns the form that was asked for.
+    /// Returns the requested form.
     pub(crate) fn format(&self) -> Format {
         self.format
     }
 
-    /// Prints one answer: as a message, or as the text that `people` makes.
+    /// Prints one answer: as a message, or as the text for people that `text_of` makes.
     ///
     /// `names` gives the lines of `-o name`.
     ///
@@ -74,10 +74,10 @@ impl Output {
         &mut self,
         message: &M,
         names: &[&str],
-        people: impl FnOnce(Option<u16>) -> String,
+        text_of: impl FnOnce(Option<u16>) -> String,
     ) -> Result<(), Failure> {
         match self.format {
-            Format::Table => self.text(&people(self.width)),
+            Format::Table => self.text(&text_of(self.width)),
             Format::Name => names.iter().try_for_each(|name| self.text(&escape::line(name))),
             Format::Json | Format::Yaml => self.message(message, document::json_pretty),
         }
@@ -123,8 +123,8 @@ impl Output {
     }
 }
 
-/// Prints a remark for people on the standard error. An error is ignored, because nobody is left
-/// to be told.
+/// Prints a remark for people on the standard error. An error is ignored, because it could not be
+/// printed either.
 pub(crate) fn remark(text: &str) {
     let _gone = writeln!(io::stderr(), "{text}");
 }
@@ -138,6 +138,6 @@ fn terminal_width() -> Option<u16> {
     if !io::stdout().is_terminal() {
         return None;
     }
-    // A terminal that does not tell its size, as some consoles, says 0.
+    // Some consoles report 0 instead of their size.
     rustix::termios::tcgetwinsize(io::stdout()).ok().map(|size| size.ws_col).filter(|columns| *columns > 0)
 }

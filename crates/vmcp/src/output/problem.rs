@@ -15,7 +15,7 @@ use crate::failure::Failure;
 /// The detail that names the wrong fields.
 const BAD_REQUEST: &str = "google.rpc.BadRequest";
 
-/// Returns the text of a failure; none where there is nothing left to say.
+/// Returns the text of a failure; `None` if the failure has been printed already.
 ///
 /// Programs that asked for messages get the API's error as JSON, on one line. `server` names the
 /// server in the advice.
@@ -64,7 +64,7 @@ fn api(error: &ConnectError, server: &str) -> String {
 
 /// Returns what a caller can do about an error whose message cannot know this program.
 fn advice(error: &ConnectError, server: &str) -> Option<String> {
-    // An error of this side has its cause with it; an answer of the server has none.
+    // A local error has a source, and an answer of the server has none.
     let is_unreached = std::error::Error::source(error).is_some();
     match error.code {
         ErrorCode::Unavailable if is_unreached => Some(format!(

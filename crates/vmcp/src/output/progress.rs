@@ -7,16 +7,17 @@ use tokio::task::JoinHandle;
 use vmm_proto::v1 as pb;
 
 use super::{escape, is_interactive, remark};
-use crate::connect::{Client, patient};
+use crate::connect::{Client, long_call};
 use crate::failure::Failure;
 
 /// The time between two turns of the spinner.
 const TURN_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The exit code after Ctrl-C, as shells have it.
+/// The exit code after Ctrl-C, by the convention of shells.
 const INTERRUPTED: u8 = 130;
 
-/// A spinner for as long as this lives; nothing where stdout or stderr is no terminal.
+/// A spinner that is shown until this value is dropped. Nothing is shown unless stdout and stderr
+/// are terminals.
 pub(crate) struct Progress {
     shown: Option<(ProgressBar, JoinHandle<()>)>,
 }
@@ -37,8 +38,8 @@ impl Progress {
         Self { shown: Some((bar, follower)) }
     }
 
-    /// Waits for `work`. Ctrl-C ends the wait where a spinner is shown, so that the spinner does not
-    /// stand in the line of the prompt. Elsewhere Ctrl-C ends the process in the usual way.
+    /// Waits for `work`. If a spinner is shown, Ctrl-C ends the wait, so that the spinner is
+    /// removed from the line of the prompt. Otherwise Ctrl-C ends the process in the usual way.
     ///
     /// # Errors
     ///
@@ -68,11 +69,11 @@ impl Drop for Progress {
     }
 }
 
-/// Shows the phase from each event of the VM. An error ends it, because the operation itself tells
-/// of a server that has gone.
+/// Shows the phase from each event of the VM. An error ends it, because the operation itself
+/// reports a lost server.
 async fn follow(client: Client, vm_id: String, bar: ProgressBar) {
     let request = pb::WatchVmsRequest { vm_id: vm_id.clone(), ..Default::default() };
-    let Ok(mut events) = client.watch_vms_with_options(request, patient()).await else { return };
+    let Ok(mut events) = client.watch_vms_with_options(request, long_call()).await else { return };
     while let Ok(Some(event)) = events.message().await {
         let event: pb::VmEvent = event.to_owned_message();
         if !event.status.phase.is_empty() {

@@ -9,7 +9,7 @@ use super::escape;
 pub(crate) struct Table(comfy_table::Table);
 
 impl Table {
-    /// Returns a table with a heading; `width` is the terminal's, and none does not wrap.
+    /// Returns a table with a heading; `width` is that of the terminal; `None` disables wrapping.
     pub(crate) fn new<const N: usize>(width: Option<u16>, heading: [&str; N]) -> Self {
         let mut table = Self::facts(width);
         table.0.set_header(heading);

@@ -5,7 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// The binary units, from the largest.
 const UNITS: [(u64, &str); 4] = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
 
-/// Returns a size with the largest unit that it fills, and one digit where that unit is not full.
+/// Returns a size with the largest unit that it fills, and one decimal digit if the size is no
+/// multiple of it.
 pub(crate) fn size(bytes: i64) -> String {
     let Ok(bytes) = u64::try_from(bytes) else { return format!("{bytes} B") };
     let Some((unit, name)) = UNITS.iter().find(|(unit, _)| bytes >= *unit) else {
@@ -42,7 +43,7 @@ pub(crate) fn span(seconds: u64) -> String {
 /// Returns a Unix time in milliseconds as the API's logs write it, in UTC.
 pub(crate) fn time(milliseconds: i64) -> String {
     let since = u64::try_from(milliseconds).unwrap_or_default();
-    // The last second that the format can write; a server that says more is wrong.
+    // The last second that the format can write; a larger number is a fault of the server.
     let bounded = since.min(253_402_300_799_000);
     humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(bounded)).to_string()
 }

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   AttachedVmm ─ AttachedVmmApi ─► the VMM's socket   asked for the guest's state at each sample
-//!      │                               │
-//!      │                               └─ differs from the order ► Paused, Resumed, Gone(requested)
-//!      └───── process ─► pidfd ──► AttachedVmmMonitor ──► Gone(unknown)
+//!      │                             │
+//!      │                             └─ differs from the order: Paused, Resumed, Gone (requested)
+//!      └───── process ─► pidfd ──► AttachedVmmMonitor ──► Gone (unknown)
 //! ```
 //!
 //! Neither hypervisor sends events on this socket, so a change by another client is seen at the

@@ -1,10 +1,10 @@
 //! Finds domains that another client of libvirt created, or started again.
 //!
 //! ```text
-//!   at first, and after each gap: the list ────┐
-//!   an event of a domain without a monitor ────┴─► look up ─┬─ marked, runs ─► found, by its uid
-//!                                                           ├─ no mark ──────► found, if imported
-//!                                                           └─ undefined ────► lost, if it was found
+//!   at first, and after each gap: the list ──┐
+//!   an event of a domain without a monitor ──┴─► look up ─┬─ marked, runs ─► found, by its uid
+//!                                                         ├─ no mark ──────► found, if imported
+//!                                                         └─ undefined ────► lost, if it was found
 //! ```
 
 use std::collections::BTreeSet;

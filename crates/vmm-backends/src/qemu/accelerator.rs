@@ -95,7 +95,8 @@ impl Choice {
         }
     }
 
-    /// Writes a line into the log if the CPUs are emulated although the configuration does not order that.
+    /// Writes a line into the log if the CPUs are emulated although the configuration does not
+    /// order that.
     pub(crate) fn log(&self) {
         if let Some(why) = &self.unasked {
             tracing::warn!(detail = why, "the CPUs of a VM that starts are emulated in software");

@@ -2,10 +2,10 @@
 //! its API.
 //!
 //! ```text
-//!   doctor ────► the abilities of the host, with remedies                 never writes
-//!   reconcile ─► facts (host, database, host again) ─► decide ─► act      acts only without a daemon
-//!   backup ────► a copy of the database                                   also beside a daemon
-//!   restore ───► the database from a copy                                 only without a daemon
+//!   doctor ────► the abilities of the host, with remedies                never writes
+//!   reconcile ─► facts (host, database, host again) ─► decide ─► act     acts without a daemon only
+//!   backup ────► a copy of the database                                  also beside a daemon
+//!   restore ───► the database from a copy                                without a daemon only
 //! ```
 //!
 //! No subcommand needs the daemon. `doctor`, `backup` and `reconcile --dry-run` only read the

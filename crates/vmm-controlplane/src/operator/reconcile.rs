@@ -1,5 +1,5 @@
-//! The subcommand `reconcile`, which lists everything that bears the program's mark and removes the items
-//! that are proven to have no owner.
+//! The subcommand `reconcile`, which lists everything that bears the program's mark and removes the
+//! items that are proven to have no owner.
 
 use anyhow::bail;
 use serde::Serialize;

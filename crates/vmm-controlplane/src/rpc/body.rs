@@ -289,9 +289,10 @@ where
         // A piece within the limit is passed on at once. The first piece beyond the limit is kept,
         // and the later ones are dropped, so a long body takes no memory. The kept piece is handed
         // out when the peer has nothing more to send, when the connection breaks, or when more than
-        // `discard_limit` bytes beyond the limit have come. The reader has the same limit, so that piece
-        // makes it refuse the request as too long. The kept piece takes precedence over the error
-        // of a broken connection, because the request was too long before the connection broke.
+        // `discard_limit` bytes beyond the limit have come. The reader has the same limit, so that
+        // piece makes it refuse the request as too long. The kept piece takes precedence over the
+        // error of a broken connection, because the request was too long before the connection
+        // broke.
         while !this.ended {
             let frame = match ready!(Pin::new(&mut this.inner).poll_frame(cx)) {
                 Some(Ok(frame)) => frame,

@@ -72,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_ends_early_is_told_with_its_length_and_its_end() {
+    fn a_truncated_body_is_reported_with_its_length_and_its_last_text() {
         for (json, expected) in [
             (
                 "{",
@@ -97,13 +97,13 @@ mod tests {
         // Every beginning of a whole body is cut off, and nothing else.
         let whole = r#"{"vm_id":"ä","config":{"cpu":{"vcpu_count":2},"storage":[{"path":"/d","read_only":true}],"metadata":null}}"#;
         for (end, _) in whole.char_indices().skip(1) {
-            let told = explained(&whole[..end]).unwrap();
-            assert!(told.contains(&format!("is cut off: the body ends after {end} bytes")), "{told}");
+            let reported = explained(&whole[..end]).unwrap();
+            assert!(reported.contains(&format!("is cut off: the body ends after {end} bytes")), "{reported}");
         }
     }
 
     #[test]
-    fn a_fault_is_told_with_its_place_and_the_text_before_it() {
+    fn a_syntax_fault_is_reported_with_its_position_and_the_text_before_it() {
         for (json, expected) in [
             (
                 r#"{"vm_id": a}"#,
@@ -124,17 +124,17 @@ mod tests {
             ),
             ("vm_id=a", "is not JSON at line 1, column 1, at its beginning: a value is expected: "),
         ] {
-            let told = explained(json).unwrap();
-            assert!(told.starts_with(expected), "{json}: {told}");
+            let reported = explained(json).unwrap();
+            assert!(reported.starts_with(expected), "{json}: {reported}");
         }
         let long = format!("{{\"a\":\"{}\" 7}}", "ü".repeat(1000));
-        let told = explained(&long).unwrap();
-        assert!(told.contains(&format!("behind `…{}\"`", "ü".repeat(MAX_BEFORE - 1))), "{told}");
+        let reported = explained(&long).unwrap();
+        assert!(reported.contains(&format!("behind `…{}\"`", "ü".repeat(MAX_BEFORE - 1))), "{reported}");
         assert!(explained(&"[".repeat(200)).unwrap().ends_with("nested too deeply"));
     }
 
     #[test]
-    fn an_error_of_another_kind_is_left_to_its_own_words() {
+    fn an_error_of_another_kind_keeps_its_text() {
         let error = serde_json::from_str::<bool>("7").unwrap_err();
         assert_eq!(explain(b"7", &error), None);
     }

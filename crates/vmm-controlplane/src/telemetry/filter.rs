@@ -74,7 +74,8 @@ fn is_level(word: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// Returns the directives of the filter in the order of the alphabet, and the number of ignored directives.
+    /// Returns the directives of the filter in the order of the alphabet, and the number of ignored
+    /// directives.
     fn of(text: &str) -> (String, usize) {
         let (filter, errors) = read(text);
         let text = filter.to_string();

@@ -8,8 +8,8 @@
 //!
 //! Both forms have the same keys, which `docs/operating.md` lists. A key stands once in a line. If
 //! several spans or the event have the same key, the innermost value counts, because it is the most
-//! specific. The standard formats of `tracing-subscriber` write the fields of spans apart from those
-//! of the event, and those of the current span twice.
+//! specific. The standard formats of `tracing-subscriber` write the fields of spans apart from
+//! those of the event, and those of the current span twice.
 
 use std::fmt;
 
@@ -80,7 +80,8 @@ where
     Ok(keys)
 }
 
-/// Reads what [`JsonFields`] has written, which is an object, or nothing where no field has a value.
+/// Reads what [`JsonFields`] has written, which is an object, or nothing where no field has a
+/// value.
 fn object(fields: &str) -> Map<String, Value> {
     serde_json::from_str(fields).unwrap_or_default()
 }

@@ -196,7 +196,7 @@ fn invalid_vm_ids_are_refused() {
 }
 
 #[test]
-fn a_number_that_an_enum_does_not_have_is_answered_with_the_names() {
+fn an_unknown_enum_number_is_refused_with_the_known_names() {
     let world = World::started(&[]);
     world.create("vm", &world.tiny(TinyGuest::Idle));
     let config = with(world.tiny(TinyGuest::Idle), "/restart_policy", json!({"mode": 99}));

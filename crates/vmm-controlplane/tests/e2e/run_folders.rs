@@ -201,25 +201,28 @@ fn a_subcommand_with_a_wrong_directory_names_the_one_of_the_daemon() {
     };
     let copy = wrong("copy");
     for args in [&["reconcile", "--dry-run"][..], &["doctor"], &["backup", &copy]] {
-        let told = run("UNKEY_VMCP_STATE_DIR", args);
-        assert!(told.contains(&format!("there is no database in {}", wrong("nothing"))), "{args:?}: {told}");
-        assert!(told.contains(&format!("UNKEY_VMCP_STATE_DIR={state}")), "{args:?}: {told}");
+        let reported = run("UNKEY_VMCP_STATE_DIR", args);
+        assert!(
+            reported.contains(&format!("there is no database in {}", wrong("nothing"))),
+            "{args:?}: {reported}"
+        );
+        assert!(reported.contains(&format!("UNKEY_VMCP_STATE_DIR={state}")), "{args:?}: {reported}");
     }
     for args in [&["reconcile", "--dry-run"][..], &["doctor"]] {
-        let told = run("UNKEY_VMCP_RUNTIME_DIR", args);
-        assert!(told.contains(&format!("UNKEY_VMCP_RUNTIME_DIR={runtime}")), "{args:?}: {told}");
+        let reported = run("UNKEY_VMCP_RUNTIME_DIR", args);
+        assert!(reported.contains(&format!("UNKEY_VMCP_RUNTIME_DIR={runtime}")), "{args:?}: {reported}");
     }
     // A restore into a new directory is legal, as on a new host, and tells what it may have missed.
     let backup = ours("backup");
     assert!(world.command().args(["backup", &backup]).status().unwrap().success());
-    let told = run("UNKEY_VMCP_STATE_DIR", &["restore", &backup]);
-    assert!(told.contains(&format!("UNKEY_VMCP_STATE_DIR={state}")), "{told}");
+    let reported = run("UNKEY_VMCP_STATE_DIR", &["restore", &backup]);
+    assert!(reported.contains(&format!("UNKEY_VMCP_STATE_DIR={state}")), "{reported}");
     // Where nothing is known, the settings are named.
     let mut nowhere = world.command();
     for variable in ["UNKEY_VMCP_STATE_DIR", "UNKEY_VMCP_RUNTIME_DIR"] {
         nowhere.env(variable, wrong("nowhere"));
     }
     let output = nowhere.args(["reconcile", "--dry-run"]).output().unwrap();
-    let told = String::from_utf8(output.stdout).unwrap();
-    assert!(told.contains("with the daemon's settings (--config, or UNKEY_VMCP_STATE_DIR"), "{told}");
+    let reported = String::from_utf8(output.stdout).unwrap();
+    assert!(reported.contains("with the daemon's settings (--config, or UNKEY_VMCP_STATE_DIR"), "{reported}");
 }

@@ -264,8 +264,9 @@ fn a_network_that_the_daemon_cannot_provide_is_a_warning() {
         let validated = there.world.call("ValidateVm", &json!({"backend": backend, "config": config})).ok();
         assert!(about_tap(&validated).starts_with("BootVm will fail: TAP "), "{backend}: {validated:#}");
         let created = there.world.call("CreateVm", &asked).ok();
-        let told = about_tap(&created);
-        let reason = told.strip_prefix("BootVm will fail: ").unwrap_or_else(|| panic!("{backend}: {told}"));
+        let reported = about_tap(&created);
+        let reason =
+            reported.strip_prefix("BootVm will fail: ").unwrap_or_else(|| panic!("{backend}: {reported}"));
         // The user nobody may not start every hypervisor, and the TAPs come first.
         let refused = there.world.call("BootVm", &json!({"vm_id": "vm"})).error("failed_precondition");
         assert!(refused.contains(reason), "{backend}: {refused}\n{reason}");

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   name is free ──► make (vanishes with its maker) ──► label with owner, set up ──► persist
-//!                        a crash up to here leaves nothing               └─ then found by its label
+//!                       a crash up to here leaves nothing               └─ then found by its label
 //!   name is taken ─► no TAP, or several queues   ──► refused
 //!                    no label of this instance   ──► brought up, used, never removed
 //!                    label of another of its VMs ──► relabelled, used, removed with this VM
@@ -158,8 +158,8 @@ pub trait Taps: fmt::Debug + Send + Sync {
     /// `/dev/net/tun` cannot be opened, or this process may not make TAPs.
     fn may_make(&self, name: &str) -> Result<(), TapError>;
 
-    /// Returns the error that [`provide`](Self::provide) is going to meet for an interface with this
-    /// name that exists, as far as the interface alone decides.
+    /// Returns the error that [`provide`](Self::provide) is going to meet for an interface with
+    /// this name that exists, as far as the interface alone decides.
     ///
     /// # Errors
     ///

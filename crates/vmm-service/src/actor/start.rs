@@ -120,8 +120,8 @@ struct LaunchedPhase {
 }
 
 impl Actor {
-    /// Carries out BootVm. The intent of the start resets the count of restarts. A launch cancels the
-    /// wait for a restart, so that a start which launches nothing leaves the VM waiting.
+    /// Carries out BootVm. The intent of the start resets the count of restarts. A launch cancels
+    /// the wait for a restart, so that a start which launches nothing leaves the VM waiting.
     pub(super) async fn boot(
         &mut self,
         budget: Budget,

@@ -62,11 +62,11 @@ async fn a_tap_that_bootvm_could_not_provide_is_a_warning_of_createvm_and_of_val
     let vms = bed.start().await;
     bed.taps.put("tap-x", true);
     bed.taps.deny();
-    let told = |warnings: &[Warning]| {
+    let reported = |warnings: &[Warning]| {
         warnings.iter().map(|warning| (warning.field.clone(), warning.message.clone())).collect::<Vec<_>>()
     };
     // The first interface has a TAP, and the second one needs a new one.
-    let created = told(&vms.try_create("a", with_two_taps(&bed)).await.unwrap().warnings);
+    let created = reported(&vms.try_create("a", with_two_taps(&bed)).await.unwrap().warnings);
     let [(field, message)] = &created[..] else { panic!("{created:?}") };
     assert_eq!(field, "config.network[1].tap_device");
     assert!(message.starts_with("BootVm will fail: ") && message.contains("CAP_NET_ADMIN"), "{message}");
@@ -78,13 +78,13 @@ async fn a_tap_that_bootvm_could_not_provide_is_a_warning_of_createvm_and_of_val
     let config = bed.with_tap("tap-x");
     let requested = VmRequest { backend: String::new(), config: config.clone() };
     let validated = vms.service.validate(&requested).await.unwrap();
-    let [(field, message)] = &told(&validated.warnings)[..] else { panic!("{:?}", validated.warnings) };
+    let [(field, message)] = &reported(&validated.warnings)[..] else { panic!("{:?}", validated.warnings) };
     assert_eq!(field, "config.network[0].tap_device");
     assert!(message.starts_with("BootVm will fail: TAP tap-x ") && message.ends_with("open it"), "{message}");
     assert_eq!(vms.try_create("b", config).await.unwrap().warnings, validated.warnings);
 
     bed.taps.put("eth7", false);
-    let created = told(&vms.try_create("c", bed.with_tap("eth7")).await.unwrap().warnings);
+    let created = reported(&vms.try_create("c", bed.with_tap("eth7")).await.unwrap().warnings);
     let [(field, message)] = &created[..] else { panic!("{created:?}") };
     assert_eq!(field, "config.network[0].tap_device");
     let refusal = refused(vms.boot("c").await, "precondition");

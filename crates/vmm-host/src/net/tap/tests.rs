@@ -203,8 +203,8 @@ fn existing_taps_work_without_cap_net_admin() {
     assert!(!name.exists());
     // What CreateVm warns of is what BootVm would meet.
     let wanted = name.0.clone();
-    let told = without_net_admin(move || HostTaps.may_make(&wanted)).unwrap_err();
-    assert_eq!(told.to_string(), error.to_string());
+    let reported = without_net_admin(move || HostTaps.may_make(&wanted)).unwrap_err();
+    assert_eq!(reported.to_string(), error.to_string());
     assert!(HostTaps.may_make(&name.0).is_ok());
     assert!(ip(&["tuntap", "add", &name.0, "mode", "tap"]));
     assert_eq!(without_net_admin(provide.clone()).unwrap(), TapOrigin::FoundDown);
