@@ -62,6 +62,7 @@ pub(crate) enum VmCondition {
     In(&'static str),
 }
 
+pub(crate) const NO_VM: VmCondition = VmCondition::Nowhere;
 pub(crate) const CREATED: VmCondition = VmCondition::In("VM_STATE_CREATED");
 pub(crate) const RUNNING: VmCondition = VmCondition::In("VM_STATE_RUNNING");
 pub(crate) const PAUSED: VmCondition = VmCondition::In("VM_STATE_PAUSED");
@@ -213,7 +214,7 @@ impl Scenario {
     }
 
     pub(crate) const ALL: &[Self] = &[
-        Self::new("create", &[], CREATE, VmCondition::Nowhere, CREATED).on(WHERE_CREATED),
+        Self::new("create", &[], CREATE, NO_VM, CREATED).on(WHERE_CREATED),
         Self::new("boot", &[], BOOT, CREATED, RUNNING).on(WHERE_CREATED),
         Self::new("boot after shutdown", &[BOOT, SHUTDOWN_BY_FORCE], BOOT, SHUT_DOWN, RUNNING)
             .on(&[Backend::AttachedFirecracker]),
@@ -250,33 +251,21 @@ impl Scenario {
         Self::new("restart by policy", &[BOOT], VMM_DIES, RUNNING, RUNNING).twice(),
         Self::new("update", &[BOOT, SHUTDOWN_BY_FORCE], UPDATE_MACHINE, SHUT_DOWN, SHUT_DOWN).on(MANAGED),
         Self::new("update of a running one", &[BOOT], UPDATE_LABELS, RUNNING, RUNNING).on(PLACED),
-        Self::new("delete", &[], DELETE, CREATED, VmCondition::Nowhere).on(&[
+        Self::new("delete", &[], DELETE, CREATED, NO_VM).on(&[
             Backend::AttachedCloudHypervisor,
             Backend::AttachedFirecracker,
             Backend::Libvirt,
         ]),
-        Self::new(
-            "delete after shutdown",
-            &[BOOT, SHUTDOWN_BY_FORCE],
-            DELETE,
-            SHUT_DOWN,
-            VmCondition::Nowhere,
-        )
-        .on(EVERYWHERE),
-        Self::new("delete by force", &[BOOT], DELETE_BY_FORCE, RUNNING, VmCondition::Nowhere).on(EVERYWHERE),
-        Self::new(
-            "delete of a paused one by force",
-            &[BOOT, PAUSE],
-            DELETE_BY_FORCE,
-            PAUSED,
-            VmCondition::Nowhere,
-        )
-        .on(&[Backend::AttachedCloudHypervisor]),
-        Self::new("delete by force, twice", &[BOOT], DELETE_BY_FORCE, RUNNING, VmCondition::Nowhere).twice(),
-        Self::new("create with a spare", &[], CREATE, VmCondition::Nowhere, CREATED).with_spare(),
+        Self::new("delete after shutdown", &[BOOT, SHUTDOWN_BY_FORCE], DELETE, SHUT_DOWN, NO_VM)
+            .on(EVERYWHERE),
+        Self::new("delete by force", &[BOOT], DELETE_BY_FORCE, RUNNING, NO_VM).on(EVERYWHERE),
+        Self::new("delete of a paused one by force", &[BOOT, PAUSE], DELETE_BY_FORCE, PAUSED, NO_VM)
+            .on(&[Backend::AttachedCloudHypervisor]),
+        Self::new("delete by force, twice", &[BOOT], DELETE_BY_FORCE, RUNNING, NO_VM).twice(),
+        Self::new("create with a spare", &[], CREATE, NO_VM, CREATED).with_spare(),
         Self::new("boot with a spare", &[], BOOT, CREATED, RUNNING).with_spare(),
-        Self::new("delete with a spare", &[], DELETE, CREATED, VmCondition::Nowhere).with_spare(),
-        Self::new("import", &[], VMM_COMES, VmCondition::Nowhere, RUNNING).only_on(PLACED),
+        Self::new("delete with a spare", &[], DELETE, CREATED, NO_VM).with_spare(),
+        Self::new("import", &[], VMM_COMES, NO_VM, RUNNING).only_on(PLACED),
         Self::new("found again", &[BOOT, VMM_DIES], VMM_COMES, SHUT_DOWN, RUNNING).only_on(PLACED),
     ];
 
@@ -299,7 +288,7 @@ impl Scenario {
 
     /// Whether the VM under test is one that somebody else makes.
     pub(crate) fn is_import(&self) -> bool {
-        self.call.method == VMM_COMES.method && self.from == VmCondition::Nowhere
+        self.call.method == VMM_COMES.method && self.from == NO_VM
     }
 
     /// Whether a VMM that somebody else started must live through it: without force none is ended,
