@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn written_pending_work_is_read_back() {
         for restart in [false, true] {
             for process in [PendingProcess::None, PendingProcess::Leftover, PendingProcess::OutOfReach] {
                 let work = PendingWork { restart, process };

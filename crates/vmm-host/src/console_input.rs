@@ -7,8 +7,8 @@
 //!                                                              and descriptor 3 the device side
 //! ```
 //!
-//! The VMM itself holds both ends open, so that it never reads an end of input, and any later daemon
-//! opens the file again. A writer holds the file open for one write only.
+//! The VMM itself holds both ends open, so that it never reads an end of input, and any later
+//! daemon opens the file again. A writer holds the file open for one write only.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -159,7 +159,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(30);
 
     #[tokio::test]
-    async fn a_fifo_takes_what_its_reader_has_room_for() {
+    async fn a_fifo_accepts_bytes_up_to_its_capacity() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("in");
         make_fifo(&path).unwrap();
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_writer_goes_on_when_the_reader_makes_room() {
+    async fn a_blocked_writer_continues_after_a_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("in");
         make_fifo(&path).unwrap();

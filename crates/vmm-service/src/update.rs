@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interface_keeps_its_address_and_tap_when_one_before_it_goes() {
+    fn an_interface_keeps_its_address_and_tap_after_the_removal_of_an_earlier_one() {
         let uid = uid();
         let stored = stored(uid);
         let config = VmConfig { network: vec![nic("net2"), nic("")], ..VmConfig::default() };
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn the_request_of_a_creation_again_changes_nothing() {
+    fn a_repeated_creation_request_changes_nothing() {
         let uid = uid();
         let stored = stored(uid);
         let config = VmConfig {

@@ -173,8 +173,8 @@ fn a_console_is_followed_and_takes_input_across_every_end() {
 }
 
 #[test]
-fn a_console_that_floods_stays_bounded_and_a_slow_reader_jumps() {
-    const TEST: &str = "a_console_that_floods_stays_bounded_and_a_slow_reader_jumps";
+fn a_flooded_console_stays_bounded_and_a_slow_reader_skips_output() {
+    const TEST: &str = "a_flooded_console_stays_bounded_and_a_slow_reader_skips_output";
     const HISTORY: u64 = 4096;
     for backend in hypervisors(TEST) {
         let world = World::started(&[("UNKEY_VMCP_CONSOLE_HISTORY", "4K")]);
@@ -206,8 +206,8 @@ fn a_console_that_floods_stays_bounded_and_a_slow_reader_jumps() {
 }
 
 #[test]
-fn a_guest_that_does_not_read_is_told_and_nothing_waits_for_it() {
-    const TEST: &str = "a_guest_that_does_not_read_is_told_and_nothing_waits_for_it";
+fn unread_input_is_reported_and_delays_nothing() {
+    const TEST: &str = "unread_input_is_reported_and_delays_nothing";
     for backend in hypervisors(TEST) {
         let world = World::started(&[]);
         world.create_on(backend, "vm", TinyGuest::Idle);
@@ -270,8 +270,8 @@ fn two_writers_do_not_mix_their_bytes() {
 }
 
 #[test]
-fn a_linux_guest_shows_its_first_message_and_obeys_what_is_typed() {
-    const TEST: &str = "a_linux_guest_shows_its_first_message_and_obeys_what_is_typed";
+fn a_linux_guest_shows_its_first_message_and_obeys_console_input() {
+    const TEST: &str = "a_linux_guest_shows_its_first_message_and_obeys_console_input";
     for backend in hypervisors(TEST) {
         let Some(config) = linux_config(backend, "") else {
             skipped(&format!("{TEST} on {backend}"), NO_LINUX);
@@ -328,7 +328,7 @@ fn a_console_of_the_clients_own_is_streamed_and_never_trimmed() {
 }
 
 #[test]
-fn nobody_types_or_streams_where_there_is_no_vm() {
+fn console_calls_for_an_unknown_vm_are_refused() {
     let world = World::started(&[]);
     assert_eq!(Console::stream(&world, "none", &json!({"follow": true})).read_to_end(), "not_found");
     world.call("WriteConsole", &json!({"vm_id": "none", "data": "eA=="})).error("not_found");
@@ -343,8 +343,8 @@ fn nobody_types_or_streams_where_there_is_no_vm() {
 }
 
 #[test]
-fn typing_goes_on_while_the_guest_shuts_down() {
-    const TEST: &str = "typing_goes_on_while_the_guest_shuts_down";
+fn input_is_accepted_while_the_guest_shuts_down() {
+    const TEST: &str = "input_is_accepted_while_the_guest_shuts_down";
     for backend in hypervisors(TEST) {
         let world = World::started(&[]);
         world.create_on(backend, "vm", TinyGuest::Echo);

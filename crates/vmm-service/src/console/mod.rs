@@ -12,17 +12,17 @@
 //! ```
 //!
 //! The VMM itself appends the output to a file. No byte of the output passes through the daemon
-//! while no client streams it. Holes at the front of the file bound its space, and leave its length,
-//! so that a position in the file is a position in the whole output.
+//! while no client streams it. Holes at the front of the file bound its space, and leave its
+//! length, so that a position in the file is a position in the whole output.
 //!
 //! **Reads** touch the index and the file, and never an actor or a VMM.
 //!
 //! **Input does not pass the mailbox of the actor**, because a person types while the guest shuts
 //! down, and that operation may take 30 s. The actor stays the only owner of the VMM's handle, and
 //! shows the handle in the index for as long as it holds it. [`ConsoleInput`] is the only ability
-//! that other tasks use of that handle. A write changes no record and no state of the VM, so that it
-//! needs no place in the order of the operations. Operations do not wait for it: it holds a lock of
-//! its own, and its time is bounded.
+//! that other tasks use of that handle. A write changes no record and no state of the VM, so that
+//! it needs no place in the order of the operations. Operations do not wait for it: it holds a lock
+//! of its own, and its time is bounded.
 //!
 //! [`ConsoleInput`]: vmm_core::backend::ConsoleInput
 
@@ -49,8 +49,8 @@ pub(crate) use write::write;
 
 /// The longest time that a read of a console's file may take.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// The number of reads of files that clients named which may be in progress. Such a file may be on a
-/// server that does not answer, and nothing can end a thread that reads it.
+/// The number of reads of files that clients named which may be in progress. Such a file may be on
+/// a server that does not answer, and nothing can end a thread that reads it.
 const NAMED_READS: usize = 16;
 
 /// The means to read consoles, which all streams share.
@@ -74,7 +74,8 @@ struct ConsoleFile {
 }
 
 impl ConsoleFile {
-    /// Returns the file that takes the console of a VM of `spec`, or `None` if the VM has no console.
+    /// Returns the file that takes the console of a VM of `spec`, or `None` if the VM has no
+    /// console.
     fn of(spec: &VmSpec, dir: &Path) -> Option<Self> {
         match &spec.console {
             Console::Off => None,

@@ -191,8 +191,8 @@ impl ConsoleStream {
 
     /// Waits until the file has more, or may have been replaced, or the VM is removed.
     async fn wait(&mut self) -> Result<(), ServiceError> {
-        // The first wait begins the watch only, and the file is read again, because it may have grown
-        // before the watch began.
+        // The first wait begins the watch only, and the file is read again, because it may have
+        // grown before the watch began.
         let Some(watch) = &self.watch else {
             self.watch = Some(self.shared.consoles.watcher.watch(&self.file.path));
             return Ok(());

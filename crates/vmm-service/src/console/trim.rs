@@ -6,9 +6,9 @@
 //!     └── no growth for 3 looks ──┘
 //! ```
 //!
-//! A quiet console costs a watch and no wake-up. The watch ends at the first growth, because a guest
-//! that floods its console would wake the daemon at each write. From then on the looks follow the
-//! speed of the guest.
+//! A quiet console costs a watch and no wake-up. The watch ends at the first growth, because a
+//! guest that floods its console would wake the daemon at each write. From then on the looks follow
+//! the speed of the guest.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -45,7 +45,7 @@ async fn next(stream: &mut ConsoleStream) -> Option<(u64, String)> {
 }
 
 #[test]
-fn a_console_is_read_from_where_the_client_says() {
+fn a_console_is_read_from_the_clients_position() {
     let bed = Bed::new();
     bed.life(async |vms| {
         vms.run("vm", bed.config()).await;
@@ -157,7 +157,7 @@ fn a_file_that_another_program_replaces_is_read_anew() {
 }
 
 #[test]
-fn a_vm_without_a_console_says_which_setting_is_why() {
+fn a_vm_without_a_console_names_the_setting() {
     let bed = Bed::new();
     bed.life(async |vms| {
         let off = VmConfig { console: Some(ConsoleConfig::default()), ..bed.config() };
@@ -216,7 +216,7 @@ fn input_does_not_wait_for_an_operation_of_the_same_vm() {
 }
 
 #[test]
-fn input_that_nobody_reads_fails_in_time_and_holds_up_nothing() {
+fn unread_input_times_out_and_delays_nothing() {
     let bed = Bed::new();
     bed.life(async |vms| {
         vms.run("vm", bed.config()).await;
@@ -236,7 +236,7 @@ fn input_that_nobody_reads_fails_in_time_and_holds_up_nothing() {
 }
 
 #[test]
-fn input_to_a_vm_out_of_reach_is_refused() {
+fn input_to_an_unreachable_vm_is_refused() {
     let bed = Bed::new();
     bed.life(async |vms| {
         let machine = vms.run("vm", bed.config()).await;

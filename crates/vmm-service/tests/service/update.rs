@@ -50,7 +50,7 @@ fn count_with_label(vms: &Vms, team: &str) -> usize {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vm_at_rest_takes_every_part_and_boots_with_it() {
+async fn a_stopped_vm_accepts_every_part_and_boots_with_it() {
     for state in [VmState::Created, VmState::Shutdown] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -79,7 +79,7 @@ async fn a_vm_at_rest_takes_every_part_and_boots_with_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_vm_that_runs_takes_what_belongs_to_the_program_alone() {
+async fn a_running_vm_accepts_only_the_parts_that_concern_the_program_alone() {
     for state in [VmState::Running, VmState::Paused] {
         let bed = Bed::new();
         let vms = bed.start().await;
@@ -102,7 +102,7 @@ async fn a_vm_that_runs_takes_what_belongs_to_the_program_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_update_that_changes_nothing_counts_no_generation_and_tells_nothing() {
+async fn an_update_without_a_change_keeps_the_generation_and_has_no_event() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.with_disk("d");
@@ -117,7 +117,7 @@ async fn an_update_that_changes_nothing_counts_no_generation_and_tells_nothing()
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_the_generation_that_was_read_is_changed() {
+async fn an_update_needs_the_current_generation() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.config()).await;
@@ -130,7 +130,7 @@ async fn only_the_generation_that_was_read_is_changed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_creation_refuses_an_update_refuses_too() {
+async fn an_update_refuses_the_values_that_a_creation_refuses() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.create("a", bed.with_disk("d")).await;
@@ -178,7 +178,7 @@ async fn a_label_can_change_although_a_file_of_the_vm_is_gone_and_a_guest_has_wr
 }
 
 #[tokio::test(start_paused = true)]
-async fn warnings_are_those_of_creation() {
+async fn an_update_has_the_warnings_of_a_creation() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut other = bed.with_tap("t");
@@ -222,7 +222,7 @@ async fn lists_watches_and_events_follow_the_labels() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_event_has_the_vm_as_it_was_then() {
+async fn each_event_has_the_vm_at_its_time() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut live = watch(&vms, WatchQuery::default()).await;
@@ -254,7 +254,7 @@ async fn each_event_has_the_vm_as_it_was_then() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_tap_of_an_interface_that_goes_is_freed_and_the_others_stay() {
+async fn the_tap_of_a_removed_interface_is_freed_and_the_others_stay() {
     let bed = Bed::new();
     let vms = bed.start().await;
     let mut config = bed.with_tap("tap-x");
@@ -276,7 +276,7 @@ async fn the_tap_of_an_interface_that_goes_is_freed_and_the_others_stay() {
 }
 
 #[test]
-fn a_tap_that_the_last_daemon_did_not_come_to_free_is_freed_by_the_next() {
+fn a_tap_that_a_killed_daemon_had_to_free_is_freed_by_the_next() {
     let bed = Bed::new();
     let config = VmConfig { network: vec![NetworkInterface::default(); 2], ..bed.config() };
     bed.life(async |vms| vms.bring_to("a", config, VmState::Shutdown).await);
@@ -308,7 +308,7 @@ async fn a_new_policy_is_in_force_for_the_run_that_lasts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_restart_that_is_due_is_called_off_by_a_policy_that_does_not_want_it() {
+async fn a_new_policy_cancels_a_waiting_restart_that_it_does_not_allow() {
     let cases = [
         (policy(NEVER, 0), Phase::Failed, "vmm-failed"),
         (policy(GUEST_REBOOT, 0), Phase::Failed, "vmm-failed"),
@@ -332,7 +332,7 @@ async fn a_restart_that_is_due_is_called_off_by_a_policy_that_does_not_want_it()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_restart_that_is_due_uses_the_new_machine_and_the_new_limit() {
+async fn a_waiting_restart_uses_the_new_machine_and_the_new_limit() {
     let bed = Bed::new();
     let vms = bed.start().await;
     vms.run("a", bed.with_policy(ON_FAILURE, 9)).await;
@@ -353,7 +353,7 @@ async fn a_restart_that_is_due_uses_the_new_machine_and_the_new_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_protected_vm_is_deleted_by_nobody_until_the_protection_is_cleared() {
+async fn a_protected_vm_cannot_be_deleted_until_the_protection_is_cleared() {
     let bed = Bed::new();
     let vms = bed.start().await;
     for state in VmState::ALL {

@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn written_results_are_read_back() {
         let mut found = ColumnResults { version: "1.0".to_owned(), ..ColumnResults::default() };
         found.cases.insert(CASES[0].id.to_owned(), CaseVerdict::Served);
         found.cases.insert(CASES[1].id.to_owned(), CaseVerdict::Rejected("it cannot\nat all".to_owned()));
