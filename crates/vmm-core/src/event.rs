@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::caller::Caller;
+use crate::cause::Cause;
 #[cfg(doc)]
 use crate::config_part::ConfigPart;
 use crate::id::{BackendName, VmId, VmUid};
@@ -81,8 +82,8 @@ pub struct NewEvent {
     pub state: VmState,
     /// The status after the event.
     pub status: Status,
-    /// The cause: a method's name, or an observation in kebab-case.
-    pub cause: String,
+    /// The cause.
+    pub cause: Cause,
     /// The caller: a client, or the program itself.
     #[serde(flatten)]
     pub caller: Caller,

@@ -6,6 +6,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use vmm_core::backend::{Backend, Effect};
 use vmm_core::caller::Caller;
+use vmm_core::cause::Cause;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent, VmSummary};
 use vmm_core::id::{VmId, VmUid};
@@ -175,7 +176,7 @@ async fn put_on_record(
         kind: EventKind::Created,
         state: record.state,
         status: record.status.clone(),
-        cause: OPERATION.to_owned(),
+        cause: Cause::CreateVm,
         caller,
         ended_by: None,
         metadata: record.config.metadata.clone(),

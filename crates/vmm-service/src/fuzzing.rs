@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use futures::FutureExt as _;
 use uuid::Uuid;
 use vmm_core::caller::Caller;
+use vmm_core::cause::Cause;
 use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent};
 use vmm_core::id::{InstanceId, VmId, VmUid};
 use vmm_core::state::{Phase, Status, VmState};
@@ -76,7 +77,7 @@ fn event(seq: u64) -> VmEvent {
         kind: EventKind::StateChanged,
         state: VmState::Running,
         status: Status::plain(Phase::Running, 1_700_000_000_000),
-        cause: "BootVm".to_owned(),
+        cause: Cause::BootVm,
         caller: Caller::named("somebody"),
         ended_by: None,
         metadata: [].into(),

@@ -16,6 +16,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use tokio::time::Instant;
+use vmm_core::cause::Cause;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::reason::Reason;
@@ -24,9 +25,6 @@ use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
 use crate::mailbox::OperationOutcome;
-
-/// The cause of the changes that a restart policy makes.
-pub(crate) const RESTART_POLICY: &str = "restart-policy";
 
 /// The number of lines of one kind that the recovery of the VMs writes at their own level.
 const LINES_AT_START: u32 = 20;
@@ -97,7 +95,7 @@ fn millis_since(begin: Instant) -> u64 {
 /// Logs a change that no client requested. `is_logged` is false if the line is one of many at the
 /// start of the daemon. The start by a restart policy has a line of its own.
 pub(crate) fn unrequested(event: &NewEvent, backend: &BackendName, is_logged: bool) {
-    if event.cause == RESTART_POLICY {
+    if event.cause == Cause::RestartPolicy {
         return;
     }
     let NewEvent { vm_id, uid, status, cause, .. } = event;
@@ -108,6 +106,7 @@ pub(crate) fn unrequested(event: &NewEvent, backend: &BackendName, is_logged: bo
             status.phase == Phase::Failed || matches!(status.reason, Reason::PlaceTaken | Reason::SocketsGone)
         }
     };
+    let cause = cause.as_str();
     let (operation, state) = (event.kind.as_str(), event.state.name());
     let (actor, origin) = (&event.caller, origin_of(event));
     let (reason, detail) = (status.reason.as_str(), status.message.as_str());

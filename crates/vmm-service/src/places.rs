@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use vmm_core::backend::Backend;
 use vmm_core::caller::Caller;
+use vmm_core::cause::Cause;
 use vmm_core::discovery::{DiscoveredVm, Discovery, DiscoveryEvent, Places};
 use vmm_core::event::{EventKind, NewEvent, VmSummary};
 use vmm_core::id::{BackendName, VmId, VmUid};
@@ -43,8 +44,6 @@ use crate::operation_log::{self, Ending};
 use crate::panics::report_panic;
 use crate::shared::Shared;
 
-/// The cause of the events of imported VMs.
-const CAUSE: &str = "imported";
 /// The wait before a discovery that panicked is begun again.
 const DISCOVERY_RETRY_DELAY: Duration = Duration::from_secs(1);
 
@@ -297,7 +296,7 @@ fn event_of_import(record: &VmRecord) -> NewEvent {
         kind: EventKind::Created,
         state: record.state,
         status: record.status.clone(),
-        cause: CAUSE.to_owned(),
+        cause: Cause::Imported,
         caller: Caller::system(),
         ended_by: None,
         metadata: record.config.metadata.clone(),

@@ -8,6 +8,7 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use vmm_core::caller::Caller;
+use vmm_core::cause::Cause;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{BackendName, VmId, VmUid};
 use vmm_core::intent::{Intent, IntentKind};
@@ -122,7 +123,7 @@ pub(crate) fn event(row: &EncodedEvent, why: &str) -> Option<NewEvent> {
         kind: object.get("kind").unwrap_or(EventKind::Unknown),
         state,
         status,
-        cause: object.get("cause").unwrap_or_else(|| "unreadable-event".to_owned()),
+        cause: object.get("cause").unwrap_or(Cause::UnreadableEvent),
         caller: read(&Value::Object(object.0.clone())).unwrap_or_else(|| Caller::named("")),
         ended_by: object.get("ended_by").unwrap_or(None),
         metadata: object.get("metadata").unwrap_or_default(),

@@ -164,7 +164,7 @@ fn recorded_to_pb(recorded: RecordedEvent, include_info: bool) -> pb::VmEvent {
         r#type: event.kind.as_str().to_owned(),
         state: state_to_pb(event.state).into(),
         status: status_to_pb(&event.status).into(),
-        cause: event.cause.clone(),
+        cause: event.cause.to_string(),
         actor: event.caller.to_string(),
         ended_by: event.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
         info: info.into(),

@@ -200,7 +200,7 @@ impl Actor {
         let committed = match removed {
             Ok(committed) => committed,
             Err(error) => {
-                self.record_failed_removal(budget, why, tombstone.is_some(), &error.to_string()).await;
+                self.record_failed_removal(budget, operation, tombstone.is_some(), &error.to_string()).await;
                 return Err(error.into());
             }
         };
@@ -217,7 +217,7 @@ impl Actor {
     async fn record_failed_removal(
         &mut self,
         budget: Budget,
-        why: ChangeReason<'_>,
+        operation: &OperationRequest,
         process_left: bool,
         error: &str,
     ) {
@@ -233,12 +233,13 @@ impl Actor {
             self.drop_hold_and_claims();
         }
         let status = self.status(turn_to).because(Reason::DeleteFailed, error);
+        let why = ChangeReason::asked(operation.request, &operation.caller);
         let mut update = RecordUpdate::new(EventKind::OperationFailed, why, status);
         if let Some(observed) = observed {
             update = update.observing(observed);
         }
         if matches!(self.hold, Hold::Orphan(_)) {
-            update = update.intending(self.orphan_intent(why.caller));
+            update = update.intending(self.orphan_intent(&operation.caller));
         }
         let _ = self.conclude(budget, update).await;
     }

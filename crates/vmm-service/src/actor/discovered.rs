@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use vmm_core::backend::LaunchedVmm;
+use vmm_core::cause::Cause;
 use vmm_core::config::VmConfig;
 use vmm_core::discovery::DiscoveredVm;
 use vmm_core::event::EventKind;
@@ -89,7 +90,7 @@ impl Actor {
             .status(Phase::at_rest(observe(self.record.state, observation)))
             .because(Reason::StartedFromOutside, "the VM was found running at its place");
         let kind = if was_lost { EventKind::Reachable } else { EventKind::StateChanged };
-        let update = RecordUpdate::new(kind, ChangeReason::by_itself("started-from-outside"), status)
+        let update = RecordUpdate::new(kind, ChangeReason::by_itself(Cause::StartedFromOutside), status)
             .observing(observation)
             .ending(None)
             .configured(taken);
@@ -106,11 +107,8 @@ impl Actor {
                  one to have that one imported"
             ),
         );
-        let update = RecordUpdate::new(
-            EventKind::StateChanged,
-            ChangeReason::by_itself(Reason::PlaceTaken.as_str()),
-            status,
-        );
+        let update =
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(Cause::PlaceTaken), status);
         self.conclude_once(Budget::of_own_step(), update).await;
     }
 

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
+use vmm_core::cause::Cause;
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
 use vmm_core::state::Phase;
@@ -47,7 +48,7 @@ impl Actor {
         let kept = run.claims.iter().filter(|claim| !path_of(claim).is_some_and(answered));
         let claims: Vec<_> = kept.chain(&facts.claims).cloned().collect();
         if let Err(taken) = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &claims) {
-            tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
+            tracing::error!(detail = %taken, "a running VM uses a disk or TAP that another VM has claimed");
             return;
         }
         let Some(live) = self.hold.live_mut() else { return };
@@ -60,7 +61,7 @@ impl Actor {
         }
         let status = self.status(Phase::at_rest(self.record.state)).because(Reason::FilesAnswer, "");
         let update =
-            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("files-answer"), status)
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(Cause::FilesAnswer), status)
                 .intending(self.record.intent.clone());
         let _ = self.conclude(budget, update).await;
     }

@@ -23,6 +23,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vmm_core::backend::Effect;
 use vmm_core::caller::Caller;
+use vmm_core::cause::Cause;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{ConfigChange, EventKind, NewEvent, VmSummary};
 use vmm_core::state::{EndedBy, Observation, Phase, Status, VmOperation, observe};
@@ -71,10 +72,9 @@ impl Deref for ActorRecord {
 }
 
 /// The reason for a change, for the audit trail.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct ChangeReason<'a> {
-    /// The name of a method, or of an observation (kebab-case).
-    pub(super) cause: &'a str,
+    pub(super) cause: Cause,
     /// The caller, or `None` if no client requested the change.
     pub(super) caller: Option<&'a Caller>,
     /// The rung that ended the run, if the run ended.
@@ -83,13 +83,13 @@ pub(super) struct ChangeReason<'a> {
 
 impl<'a> ChangeReason<'a> {
     /// Returns the reason of a change that no client requested.
-    pub(super) const fn by_itself(cause: &'a str) -> Self {
+    pub(super) const fn by_itself(cause: Cause) -> Self {
         Self { cause, caller: None, ended_by: None }
     }
 
     /// Returns the reason of a change that `caller` requested.
     pub(super) const fn asked(request: VmOperation, caller: &'a Caller) -> Self {
-        Self { cause: request.name(), caller: Some(caller), ended_by: None }
+        Self { cause: Cause::of(request), caller: Some(caller), ended_by: None }
     }
 
     /// Returns this reason with the rung that ended the run.
@@ -212,7 +212,7 @@ impl<'a> RecordUpdate<'a> {
             kind: self.kind,
             state: next.state,
             status: next.status.clone(),
-            cause: self.why.cause.to_owned(),
+            cause: self.why.cause,
             caller: self.why.caller.cloned().unwrap_or_else(Caller::system),
             ended_by: self.why.ended_by,
             metadata: next.config.metadata.clone(),

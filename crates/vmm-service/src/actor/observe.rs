@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause, GuestState, VmmEvent};
+use vmm_core::cause::Cause;
 use vmm_core::event::EventKind;
 use vmm_core::intent::RecoveryAction;
 use vmm_core::reason::Reason;
@@ -39,21 +40,23 @@ impl Actor {
             VmmEvent::GuestReset => self.guest_reset().await,
             VmmEvent::ResetFromOutside => self.reset_from_outside().await,
             VmmEvent::Paused => {
-                self.record_external_change(Observation::StandsStill, Reason::PausedFromOutside).await
+                let told = (Reason::PausedFromOutside, Cause::PausedFromOutside);
+                self.record_external_change(Observation::StandsStill, told).await;
             }
             VmmEvent::Resumed => {
-                self.record_external_change(Observation::Runs, Reason::ResumedFromOutside).await
+                let told = (Reason::ResumedFromOutside, Cause::ResumedFromOutside);
+                self.record_external_change(Observation::Runs, told).await;
             }
             VmmEvent::GuestFailed(message) => {
                 let exit = Exit { cause: ExitCause::GuestCrash, message };
-                self.end_failed_run(exit, "guest-failed").await;
+                self.end_failed_run(exit, Cause::GuestFailed).await;
             }
-            VmmEvent::Gone(exit) => self.ended_by_itself(exit, "vmm-exited").await,
+            VmmEvent::Gone(exit) => self.ended_by_itself(exit, Cause::VmmExited).await,
         }
     }
 
     /// Records a change of the state that no operation of this daemon caused.
-    async fn record_external_change(&mut self, observation: Observation, reason: Reason) {
+    async fn record_external_change(&mut self, observation: Observation, (reason, cause): (Reason, Cause)) {
         let state = observe(self.record.state, observation);
         if state == self.record.state {
             // The guest is where the record says. Of a VM that was unreachable the event only shows
@@ -65,8 +68,8 @@ impl Actor {
         }
         // A VMM that sends an event about its guest answers.
         self.mark_answering();
-        let status = self.status(Phase::at_rest(state)).because(reason.clone(), "");
-        let why = ChangeReason::by_itself(reason.as_str());
+        let status = self.status(Phase::at_rest(state)).because(reason, "");
+        let why = ChangeReason::by_itself(cause);
         let update = RecordUpdate::new(EventKind::StateChanged, why, status).observing(observation);
         let _ = self.conclude(Budget::of_own_step(), update).await;
     }
@@ -80,14 +83,17 @@ impl Actor {
         let status = self
             .status(Phase::at_rest(state))
             .because(Reason::ResetFromOutside, "another program reset the guest, at its VMM");
-        let update =
-            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("reset-from-outside"), status)
-                .observing(Observation::ResetInPlace);
+        let update = RecordUpdate::new(
+            EventKind::StateChanged,
+            ChangeReason::by_itself(Cause::ResetFromOutside),
+            status,
+        )
+        .observing(Observation::ResetInPlace);
         let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
     /// Kills a VMM whose guest must not run any longer, and records the end.
-    pub(super) async fn end_failed_run(&mut self, exit: Exit, cause: &str) {
+    pub(super) async fn end_failed_run(&mut self, exit: Exit, cause: Cause) {
         let budget = Budget::of_own_step();
         if let Some(vmm) = self.hold.vmm()
             && let Err(error) = self.kill(budget, &*vmm).await
@@ -107,12 +113,12 @@ impl Actor {
 
     /// Records that the VMM has gone between two operations, or while an interrupted operation
     /// waited for it.
-    async fn ended_by_itself(&mut self, exit: Exit, cause: &str) {
+    async fn ended_by_itself(&mut self, exit: Exit, cause: Cause) {
         let intent = self.record.intent.clone();
         // An intent on record, or an orphan, means that the end belongs to an interrupted operation
         // or start. The end is then handled as one that a new daemon finds.
         if intent.is_some() || matches!(self.hold, Hold::Orphan(_)) {
-            return self.ended_unwatched(exit, intent.as_ref(), None).await;
+            return self.ended_unwatched(exit, intent.as_ref(), false).await;
         }
         self.run_ended(Budget::of_own_step(), exit, ChangeReason::by_itself(cause)).await;
     }
@@ -154,12 +160,12 @@ impl Actor {
         match (contact, &self.hold) {
             (Contact::Lost(message), Hold::Vmm(_)) => {
                 self.mark_silent();
-                let (reason, message) = match sockets_gone {
-                    Some(gone) => (Reason::SocketsGone, gone),
-                    None => (Reason::VmmDoesNotAnswer, message),
+                let (reason, cause, message) = match sockets_gone {
+                    Some(gone) => (Reason::SocketsGone, Cause::SocketsGone, gone),
+                    None => (Reason::VmmDoesNotAnswer, Cause::VmmDoesNotAnswer, message),
                 };
-                let status = self.status(Phase::Unreachable).because(reason.clone(), message);
-                let why = ChangeReason::by_itself(reason.as_str());
+                let status = self.status(Phase::Unreachable).because(reason, message);
+                let why = ChangeReason::by_itself(cause);
                 let update = RecordUpdate::new(EventKind::Unreachable, why, status)
                     .intending(self.record.intent.clone());
                 let _ = self.conclude(Budget::of_own_step(), update).await;
@@ -188,7 +194,7 @@ impl Actor {
         let status =
             vmm_core::state::Status { observed_at_ms: crate::clock::now_ms(), ..self.record.status.clone() };
         let update =
-            RecordUpdate::new(EventKind::Reachable, ChangeReason::by_itself("reachable-again"), status);
+            RecordUpdate::new(EventKind::Reachable, ChangeReason::by_itself(Cause::ReachableAgain), status);
         if self.record.intent.as_ref().is_some_and(answered) {
             let _ = self.conclude(Budget::of_own_step(), update).await;
         } else {
@@ -200,8 +206,8 @@ impl Actor {
     async fn sockets_changed(&mut self, gone: Option<String>) {
         let status = self.status(Phase::at_rest(self.record.state));
         let (status, cause) = match gone {
-            Some(message) => (status.because(Reason::SocketsGone, message), "sockets-gone"),
-            None => (status, "sockets-back"),
+            Some(message) => (status.because(Reason::SocketsGone, message), Cause::SocketsGone),
+            None => (status, Cause::SocketsBack),
         };
         let update = RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(cause), status);
         let _ = self.conclude(Budget::of_own_step(), update).await;
@@ -216,7 +222,7 @@ impl Actor {
             Ok(GuestState::Paused) => Observation::StandsStill,
             Ok(GuestState::Ended) => {
                 let exit = Exit { cause: ExitCause::Unknown, message: "the guest had ended".to_owned() };
-                return self.end_failed_run(exit, "guest-ended").await;
+                return self.end_failed_run(exit, Cause::GuestEnded).await;
             }
             Err(EffectError::Preempted(_) | EffectError::Backend(_)) => return,
         };
@@ -226,7 +232,7 @@ impl Actor {
         }
         let state = observe(self.record.state, observation);
         let status = self.status(Phase::at_rest(state)).because(Reason::ReachableAgain, "");
-        let why = ChangeReason::by_itself("reachable-again");
+        let why = ChangeReason::by_itself(Cause::ReachableAgain);
         let update = RecordUpdate::new(EventKind::Reachable, why, status).observing(observation);
         let _ = self.conclude(budget, update).await;
     }

@@ -19,6 +19,7 @@ use vmm_core::backend::{
     LaunchRequest, LaunchedVmm, SweepRequest,
 };
 use vmm_core::capabilities::{BackendFacts, EndpointMode};
+use vmm_core::cause::Cause;
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
 use vmm_core::report::CheckReport;
@@ -35,9 +36,6 @@ use super::journal::{ChangeReason, RecordUpdate};
 use super::{Actor, Flow};
 use crate::error::ServiceError;
 
-/// The cause of the events of a VM in quarantine.
-const CAUSE: &str = "not-taken-up";
-
 impl Actor {
     /// Shows the last proven state of the VM and the reason why the VM cannot be used. Writes
     /// nothing.
@@ -53,7 +51,7 @@ impl Actor {
         }
         let status = self.status(Phase::Unreachable).because(Reason::NotTakenUp, why);
         self.show(
-            RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself(CAUSE), status)
+            RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself(Cause::NotTakenUp), status)
                 .intending(intent),
         );
         Flow::GoOn

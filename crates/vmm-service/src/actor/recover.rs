@@ -19,6 +19,7 @@ use vmm_core::backend::{
     AdoptRequest, Adoption, BackendError, Exit, ExitCause, GuestState, LaunchedVmm, SweepPurpose,
 };
 use vmm_core::caller::Caller;
+use vmm_core::cause::Cause;
 use vmm_core::event::EventKind;
 use vmm_core::intent::RecoveryAction;
 use vmm_core::kind::VmKind;
@@ -65,7 +66,7 @@ impl Actor {
                 cause: ExitCause::Unknown,
                 message: "the host was restarted while the VM ran".to_owned(),
             };
-            self.ended_unwatched(exit, intent.as_ref(), Some(Reason::HostReboot)).await;
+            self.ended_unwatched(exit, intent.as_ref(), true).await;
             return Flow::GoOn;
         }
         self.find(intent).await;
@@ -81,7 +82,7 @@ impl Actor {
         let intent = self.record.intent.iter().flat_map(|intent| intent.claims());
         let claims: Vec<_> = run.chain(intent).cloned().collect::<HashSet<_>>().into_iter().collect();
         if let Err(taken) = self.shared.claims.exchange(self.record.uid, &self.record.vm_id, &claims) {
-            tracing::error!(detail = taken, "two VMs on record have claimed the same disk or TAP");
+            tracing::error!(detail = %taken, "two VMs on record have claimed the same disk or TAP");
         }
     }
 
@@ -116,7 +117,7 @@ impl Actor {
                 .status(Phase::at_rest(self.record.state))
                 .because(Reason::VmmGone, "the process of a cancelled start has ended"),
         };
-        let why = ChangeReason::by_itself("daemon-started");
+        let why = ChangeReason::by_itself(Cause::DaemonStarted);
         self.conclude_once(budget, RecordUpdate::new(EventKind::StateChanged, why, status)).await;
     }
 
@@ -157,7 +158,7 @@ impl Actor {
                 {
                     tracing::warn!(%error, "the remains of the last run could not be removed");
                 }
-                self.ended_unwatched(exit, intent.as_ref(), None).await;
+                self.ended_unwatched(exit, intent.as_ref(), false).await;
             }
             // The VMM of an interrupted start does not answer yet. It is proven to be this
             // daemon's, and no client has an answer about its start, so that it may be ended:
@@ -274,8 +275,9 @@ impl Actor {
             }
             Some(_) | None => self.status(phase),
         };
-        let update = RecordUpdate::new(EventKind::Adopted, ChangeReason::by_itself("daemon-started"), status)
-            .observing(observation);
+        let update =
+            RecordUpdate::new(EventKind::Adopted, ChangeReason::by_itself(Cause::DaemonStarted), status)
+                .observing(observation);
         let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
@@ -287,7 +289,7 @@ impl Actor {
         }
         let _ = self.sweep(budget, SweepPurpose::Clear, self.run_on_record()).await;
         let exit = Exit { cause: ExitCause::Unknown, message: "the guest was no longer running".to_owned() };
-        self.ended_unwatched(exit, intent.as_ref(), None).await;
+        self.ended_unwatched(exit, intent.as_ref(), false).await;
     }
 
     /// Returns the claims of a VMM that runs without a run on record: those of the intent of its
@@ -307,22 +309,17 @@ impl Actor {
         };
         let claims: Vec<_> = facts.claims.into_iter().chain(self.tap_claims()).collect();
         if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &claims) {
-            tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
+            tracing::error!(detail = %taken, "a running VM uses a disk or TAP that another VM has claimed");
         }
         Ok(claims)
     }
 
     /// Records that the run ended while no daemon watched, or that it never began.
-    pub(super) async fn ended_unwatched(
-        &mut self,
-        exit: Exit,
-        intent: Option<&Intent>,
-        reason: Option<Reason>,
-    ) {
+    pub(super) async fn ended_unwatched(&mut self, exit: Exit, intent: Option<&Intent>, host_rebooted: bool) {
         // Four cases follow each other. An interrupted reboot or restart is started again, unless
         // the host was restarted. A VM that never ran is as it was. An interrupted shutdown has its
         // result. The restart policy decides about every other end.
-        if reason.is_none() && self.starts_after_all(intent).await {
+        if !host_rebooted && self.starts_after_all(intent).await {
             return;
         }
         let budget = Budget::of_own_step();
@@ -334,16 +331,20 @@ impl Actor {
             let status = self
                 .status(Phase::Stopped)
                 .because(Reason::Shutdown, "shut down as asked; the daemon saw the end only afterwards");
-            let update =
-                RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("daemon-started"), status)
-                    .observing(Observation::VmmGone);
+            let update = RecordUpdate::new(
+                EventKind::StateChanged,
+                ChangeReason::by_itself(Cause::DaemonStarted),
+                status,
+            )
+            .observing(Observation::VmmGone);
             let _ = self.conclude(budget, update).await;
             return;
         }
         let mut decision = self.decide_restart(&exit);
-        let why = ChangeReason::by_itself(reason.as_ref().map_or("vmm-gone-at-start", Reason::as_str));
-        if let Some(reason) = &reason {
-            decision.status.reason.clone_from(reason);
+        let why =
+            ChangeReason::by_itself(if host_rebooted { Cause::HostReboot } else { Cause::VmmGoneAtStart });
+        if host_rebooted {
+            decision.status.reason = Reason::HostReboot;
         }
         self.end_of_run(budget, &exit, decision, why).await;
     }
@@ -367,7 +368,7 @@ impl Actor {
         let state = observe(self.record.state, Observation::VmmGone);
         let status = self.status(Phase::at_rest(state)).because(reason, message);
         let update =
-            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("daemon-started"), status)
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(Cause::DaemonStarted), status)
                 .observing(Observation::VmmGone);
         let _ = self.conclude(budget, update).await;
     }
@@ -401,7 +402,7 @@ impl Actor {
         let status = self.status(Phase::Unreachable).because(reason, message);
         let intent = self.record.intent.clone();
         let mut update =
-            RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself("daemon-started"), status)
+            RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself(Cause::DaemonStarted), status)
                 .intending(intent);
         if never_ran {
             // The first half of a reboot may have ended the run that is on record.
@@ -419,10 +420,9 @@ impl Actor {
 
     /// Returns the intent of a start whose process may live, for a record in which another intent
     /// has replaced it.
-    pub(super) fn orphan_intent(&self, caller: Option<&Caller>) -> Option<Intent> {
+    pub(super) fn orphan_intent(&self, caller: &Caller) -> Option<Intent> {
         let claims = self.shared.claims.held_by(self.record.uid);
-        let caller = caller.cloned().unwrap_or_else(|| Caller::named("unknown"));
-        Some(self.new_intent(IntentKind::Boot { claims }, caller))
+        Some(self.new_intent(IntentKind::Boot { claims }, caller.clone()))
     }
 
     /// Finishes a deletion that was in progress, because its name must not stay taken. A deletion

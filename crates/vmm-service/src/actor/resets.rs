@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause};
+use vmm_core::cause::Cause;
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
 use vmm_core::spec::RestartMode;
@@ -95,7 +96,7 @@ impl Actor {
     pub(super) async fn guest_reset(&mut self) {
         if self.restart_mode() == RestartMode::Never {
             let exit = Exit { cause: ExitCause::GuestReset, message: "the guest reset itself".to_owned() };
-            return self.end_failed_run(exit, "guest-reset").await;
+            return self.end_failed_run(exit, Cause::GuestReset).await;
         }
         let restarts = self.count_restart();
         let allowed = self.allowed_restarts();
@@ -107,7 +108,7 @@ impl Actor {
         if restarts > allowed {
             let exit =
                 Exit { cause: ExitCause::GuestReset, message: "the guest reset itself again".to_owned() };
-            return self.end_failed_run(exit, "restart-loop").await;
+            return self.end_failed_run(exit, Cause::RestartLoop).await;
         }
         if live.resets.due().is_some_and(|at| at <= Instant::now()) {
             self.record_resets().await;
@@ -127,8 +128,9 @@ impl Actor {
         let state = vmm_core::state::observe(self.record.state, Observation::ResetInPlace);
         let mut status = self.status(Phase::at_rest(state)).because(Reason::GuestReset, message);
         status.restarts = restarts;
-        let update = RecordUpdate::new(EventKind::GuestReset, ChangeReason::by_itself("guest-reset"), status)
-            .observing(Observation::ResetInPlace);
+        let update =
+            RecordUpdate::new(EventKind::GuestReset, ChangeReason::by_itself(Cause::GuestReset), status)
+                .observing(Observation::ResetInPlace);
         let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 }

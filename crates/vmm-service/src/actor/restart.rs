@@ -17,6 +17,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vmm_core::backend::{Exit, ExitCause};
 use vmm_core::caller::Caller;
+use vmm_core::cause::Cause;
 use vmm_core::config::VmConfig;
 use vmm_core::event::EventKind;
 use vmm_core::reason::Reason;
@@ -30,7 +31,7 @@ use super::journal::{ChangeReason, RecordUpdate};
 use super::resets::MAX_RESTARTS;
 use super::start::{StartError, StartRequest};
 use crate::error::ServiceError;
-use crate::operation_log::{Ending, RESTART_POLICY};
+use crate::operation_log::Ending;
 
 /// The time without a restart after which the count begins at 1 again.
 pub(super) const COUNT_RESET_INTERVAL: Duration = Duration::from_secs(60);
@@ -235,7 +236,7 @@ impl Actor {
         status.restarts = restarts;
         self.next = NextStep::RestartAt(Instant::now() + MAX_RESTART_DELAY, after);
         let update =
-            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(RESTART_POLICY), status);
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(Cause::RestartPolicy), status);
         self.conclude_once(budget, update).await;
     }
 
@@ -257,7 +258,7 @@ impl Actor {
         self.next = decision.next;
         let update = RecordUpdate::new(
             EventKind::StateChanged,
-            ChangeReason::by_itself(RESTART_POLICY),
+            ChangeReason::by_itself(Cause::RestartPolicy),
             decision.status,
         );
         let _ = self.conclude(budget, update).await;

@@ -14,6 +14,7 @@
 //! interrupted leaves the VM as it was, and a PauseVm has stopped the guest or has not.
 
 use tokio::time::Instant;
+use vmm_core::cause::Cause;
 use vmm_core::event::EventKind;
 use vmm_core::intent::RecoveryAction;
 use vmm_core::reason::Reason;
@@ -55,9 +56,10 @@ impl Actor {
         if let Some(operation) = operation(intent) {
             self.next = NextStep::Finish(Box::new(operation));
         }
-        let update = RecordUpdate::new(EventKind::Adopted, ChangeReason::by_itself("daemon-started"), status)
-            .observing(observation)
-            .intending(Some(intent.clone()));
+        let update =
+            RecordUpdate::new(EventKind::Adopted, ChangeReason::by_itself(Cause::DaemonStarted), status)
+                .observing(observation)
+                .intending(Some(intent.clone()));
         let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
@@ -126,7 +128,7 @@ impl Actor {
             .because(reason, "the daemon ended while the VM was being started again, which is done now");
         self.next = NextStep::RestartAt(Instant::now(), Box::new(LastEnd::on_record(&status)));
         let update =
-            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself("daemon-started"), status)
+            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(Cause::DaemonStarted), status)
                 .observing(Observation::VmmGone);
         // A refused commit is logged, and the start takes place nevertheless.
         let _ = self.conclude(Budget::of_own_step(), update).await;

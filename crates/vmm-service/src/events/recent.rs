@@ -78,7 +78,7 @@ mod tests {
             state: VmState::Running,
             status: Status::plain(Phase::Running, 0)
                 .because(vmm_core::reason::Reason::Nothing, "x".repeat(text)),
-            cause: String::new(),
+            cause: vmm_core::cause::Cause::BootVm,
             caller: Caller::named(""),
             ended_by: None,
             metadata: [].into(),

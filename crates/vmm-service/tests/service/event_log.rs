@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use vmm_core::cause::Cause;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent};
 use vmm_core::id::{VmId, VmUid};
@@ -206,7 +207,12 @@ async fn the_events_name_caller_operation_and_outcome() {
         .map(|it| {
             let event = it.event.event.clone();
             assert_eq!(event.caller, me());
-            (event.kind.as_str(), event.cause, event.state.name(), event.ended_by.map(|rung| rung.as_str()))
+            (
+                event.kind.as_str(),
+                event.cause.to_string(),
+                event.state.name(),
+                event.ended_by.map(|rung| rung.as_str()),
+            )
         })
         .collect();
     let started = |cause: &str, state| ("operation-started", cause.to_owned(), state, None);
@@ -243,7 +249,9 @@ async fn a_reboot_names_the_rung_in_its_answer_and_its_event() {
     let reported: Vec<_> = listed(&vms, "vm", 100)
         .await
         .into_iter()
-        .filter(|it| it.event.event.cause == "RebootVm" && it.event.event.kind == EventKind::StateChanged)
+        .filter(|it| {
+            it.event.event.cause == Cause::RebootVm && it.event.event.kind == EventKind::StateChanged
+        })
         .map(|it| it.event.event.ended_by)
         .collect();
     assert_eq!(reported.len(), 2);

@@ -328,7 +328,7 @@ async fn every_operation_has_an_intent_and_an_outcome_in_the_log() {
         .store
         .log()
         .into_iter()
-        .map(|event| (event.event.kind, event.event.cause, event.event.state, event.event.caller))
+        .map(|event| (event.event.kind, event.event.cause.to_string(), event.event.state, event.event.caller))
         .collect();
     use EventKind::{Created, Deleted, OperationStarted as Started, StateChanged as Changed};
     let expected = [

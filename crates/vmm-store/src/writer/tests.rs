@@ -45,7 +45,7 @@ fn write_events(writer: &mut Writer, vm: &mut vmm_core::store::VmRecord, count: 
     for _ in 0..count {
         *vm = next(vm);
         let mut commit = update(vm);
-        commit.event.as_mut().unwrap().cause = text.to_owned();
+        commit.event.as_mut().unwrap().cause = vmm_core::cause::Cause::Other(text.into());
         writer.commit_group(vec![waiting(commit)]);
         while let Some(expiry) = writer.expiries.pop_front() {
             writer.expire_step(expiry);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use uuid::Uuid;
 use vmm_core::backend::Effect;
 use vmm_core::caller::Caller;
+use vmm_core::cause::Cause;
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, StorageDevice, VmConfig};
 use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent, VmSummary};
 use vmm_core::id::{BackendName, VmId, VmUid};
@@ -102,7 +103,7 @@ pub fn event(record: &VmRecord, time_ms: i64) -> NewEvent {
         kind: EventKind::StateChanged,
         state: record.state,
         status: record.status.clone(),
-        cause: format!("generation-{}", record.generation),
+        cause: Cause::Other(format!("generation-{}", record.generation).into()),
         caller: Caller::named("suite"),
         ended_by: record.ended_by,
         metadata: record.config.metadata.clone(),
