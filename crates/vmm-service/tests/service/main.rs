@@ -18,6 +18,7 @@ mod fake_taps;
 mod force;
 mod interrupted;
 mod kinds;
+mod landlord;
 mod lifecycle;
 mod listing;
 mod log;
