@@ -31,7 +31,7 @@ pub(crate) struct Output {
 ///
 /// # Errors
 /// [`io::ErrorKind::TimedOut`] after `timeout`; else the kernel's error.
-pub(crate) async fn of(
+pub(crate) async fn run(
     program: &Path,
     arguments: &[OsString],
     input: &[u8],
@@ -134,7 +134,7 @@ mod tests {
     }
 
     async fn shell(script: &str, input: &[u8], timeout: Duration) -> io::Result<Output> {
-        of(Path::new("/bin/sh"), &["-c".into(), script.into()], input, timeout).await
+        run(Path::new("/bin/sh"), &["-c".into(), script.into()], input, timeout).await
     }
 
     #[tokio::test]

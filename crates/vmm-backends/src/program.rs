@@ -194,7 +194,7 @@ impl Program {
 
     async fn ask(&self, program: &Path) -> Result<Version, BackendError> {
         let (shown, ProgramSpec { title, oldest, .. }) = (program.display(), self.kind);
-        let said = match output::of(program, &["--version".into()], &[], VERSION_TIMEOUT).await {
+        let said = match output::run(program, &["--version".into()], &[], VERSION_TIMEOUT).await {
             Ok(Output { stdout, stderr, .. }) => {
                 if stdout.trim().is_empty() {
                     stderr

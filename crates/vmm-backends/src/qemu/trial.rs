@@ -134,7 +134,7 @@ impl Trials {
 /// Returns the reason why a VM would not start, and the remedy.
 async fn start(program: &Path, machine: QemuMachine, accelerator: Accelerator) -> Result<(), String> {
     let words = convert::trial(machine, accelerator);
-    let why = match output::of(program, &words, convert::MADE, START_LIMIT).await {
+    let why = match output::run(program, &words, convert::MADE, START_LIMIT).await {
         Ok(Output { status, stdout, stderr: _ }) if status.success() && has_made(&stdout) => return Ok(()),
         Ok(Output { status, stdout, stderr }) => complaint(status, &stdout, &stderr),
         Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
