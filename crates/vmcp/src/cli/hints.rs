@@ -5,15 +5,18 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 /// Words of other tools whose meaning here depends on what the user wants, with the commands that
 /// can be meant.
-const WORDS: [(&[&str], &str); 7] = [
+const WORDS: [(&[&str], &str); 8] = [
     (
-        &["log", "logs", "console", "attach", "exec", "ssh", "serial"],
-        "`vmcp events NAME` shows what happened to a VM; the guest's console is the file console.log on the daemon's host, beside the socket \
-         that `vmcp get NAME` shows",
+        &["log", "logs"],
+        "`vmcp console NAME --no-follow` prints the guest's console, and `vmcp events NAME` shows what happened to the VM",
+    ),
+    (
+        &["attach", "exec", "ssh", "serial", "shell"],
+        "`vmcp console NAME` shows the guest's console, and types into it",
     ),
     (&["kill", "stop-force", "poweroff", "off"], "`vmcp shutdown NAME --force` powers a VM off at once"),
     (&["destroy"], "`vmcp shutdown NAME --force` powers a VM off, and `vmcp delete NAME` forgets it"),
-    (&["up"], "`vmcp create NAME` records a VM, and `vmcp boot NAME` starts it"),
+    (&["up"], "`vmcp run NAME` creates a VM, boots it and shows its console"),
     (&["stats", "top", "metrics", "usage"], "`vmcp get NAME -o json` has the metrics of a VM"),
     (&["help", "version"], "`vmcp --help` and `vmcp --version`; `vmcp COMMAND --help` for one command"),
     (

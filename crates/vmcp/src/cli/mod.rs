@@ -1,6 +1,7 @@
 //! The command line. The comments on commands and arguments are what `--help` and the man pages
 //! show.
 
+mod console;
 mod create;
 mod hints;
 mod lifecycle;
@@ -10,6 +11,7 @@ mod values;
 use clap::builder::styling::Styles;
 use clap::{Args, Parser, Subcommand};
 
+pub(crate) use console::{Console, EscapeKey, Run};
 pub(crate) use create::{Config, Create, Flags, Validate};
 pub(crate) use hints::hint;
 pub(crate) use lifecycle::{Delete, Names, Reboot, Shutdown};
@@ -28,6 +30,7 @@ Examples:
   vmcp backends
   vmcp create web-1 --memory 1GiB --kernel /opt/kernels/vmlinux --disk /srv/web.img,root
   vmcp boot web-1
+  vmcp console web-1
   vmcp list
   vmcp events web-1
   vmcp delete web-1 --force";
@@ -69,6 +72,8 @@ pub(crate) struct Global {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Creates a VM, boots it and shows its console until the guest ends
+    Run(Box<Run>),
     /// Records a VM, from flags or from a file; starts nothing
     Create(Box<Create>),
     /// Makes the checks of create, and touches nothing
@@ -91,6 +96,8 @@ pub(crate) enum Command {
     /// Forgets VMs; files that you named stay
     #[command(visible_alias = "rm", alias = "remove")]
     Delete(Delete),
+    /// Shows the serial console of a VM, and types into it
+    Console(Console),
     /// Lists VMs, oldest first
     #[command(visible_alias = "ls", alias = "ps")]
     List(List),

@@ -1,5 +1,6 @@
 //! Values of arguments: states, sizes, times, pairs, disks, network interfaces.
 
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap_complete::engine::ArgValueCompleter;
 use vmm_proto::v1 as pb;
 
+use super::console::EscapeKey;
 use crate::commands::completion::names;
 use crate::output::words;
 
@@ -47,6 +49,27 @@ pub(super) fn restart() -> impl TypedValueParser<Value = pb::RestartMode> {
         // The parser has refused every other word.
         RESTARTS.into_iter().find(|(name, _)| *name == typed).map(|(_, mode)| mode).unwrap_or_default()
     })
+}
+
+/// Parses an escape key: a letter, `^]` for a control key, or `none`.
+pub(super) fn escape_key(text: &str) -> Result<EscapeKey, String> {
+    match *text.as_bytes() {
+        _ if text == "none" => Ok(EscapeKey(None)),
+        [key] if key.is_ascii_graphic() => Ok(EscapeKey(Some(key))),
+        [b'^', key @ b'@'..=b'_'] => Ok(EscapeKey(Some(key & 0x1f))),
+        [b'^', key @ b'a'..=b'z'] => Ok(EscapeKey(Some(key & 0x1f))),
+        _ => Err("write one character, a control key as ^], or none".to_owned()),
+    }
+}
+
+impl fmt::Display for EscapeKey {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(key) if key < b' ' => write!(out, "^{}", char::from(key | 0x40)),
+            Some(key) => write!(out, "{}", char::from(key)),
+            None => out.write_str("none"),
+        }
+    }
 }
 
 /// Parses the name of a backend.
@@ -239,5 +262,18 @@ mod tests {
         assert_eq!((pair.key.as_str(), pair.value.as_str()), ("a", "b=c"));
         assert!("a=".parse::<Pair>().is_ok());
         assert!("=b".parse::<Pair>().is_err() && "a".parse::<Pair>().is_err());
+    }
+
+    #[test]
+    fn an_escape_key_is_a_character_a_control_key_or_none() {
+        for (text, key, shown) in
+            [("~", Some(b'~'), "~"), ("^]", Some(0x1d), "^]"), ("^a", Some(1), "^A"), ("none", None, "none")]
+        {
+            let parsed = escape_key(text).unwrap();
+            assert_eq!((parsed.0, parsed.to_string().as_str()), (key, shown), "{text}");
+        }
+        for text in ["", "ab", "^", "^1", "ü", " "] {
+            assert!(escape_key(text).is_err(), "{text:?}");
+        }
     }
 }

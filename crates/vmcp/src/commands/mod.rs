@@ -3,6 +3,7 @@
 mod api;
 mod backends;
 pub(crate) mod completion;
+mod console;
 mod create;
 mod event;
 mod events;
@@ -11,7 +12,9 @@ mod health;
 mod lifecycle;
 mod list;
 pub(crate) mod man;
+mod run;
 mod session;
+mod signals;
 mod wait;
 mod watch;
 
@@ -29,6 +32,8 @@ pub(crate) async fn run(mut session: Session, command: Command) -> Result<(), Fa
     let session = &mut session;
     match command {
         Command::Create(arguments) => create::create(session, &arguments).await,
+        Command::Run(arguments) => run::run(session, &arguments).await,
+        Command::Console(arguments) => console::run(session, &arguments).await,
         Command::Validate(arguments) => create::validate(session, &arguments).await,
         Command::Boot(names) => lifecycle::boot(session, &names).await,
         Command::Shutdown(arguments) => lifecycle::shutdown(session, &arguments).await,

@@ -12,10 +12,13 @@
 )]
 
 mod completion;
+mod console;
 mod create;
 mod lifecycle;
+mod pty;
 mod queries;
 mod raw;
+mod run;
 mod server;
 mod terminal;
 mod wait;
@@ -49,12 +52,14 @@ fn main() -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = arguments.test_threads.or(Some(THREADS));
-    let modules: [fn() -> Vec<Trial>; 9] = [
+    let modules: [fn() -> Vec<Trial>; 11] = [
         completion::trials,
+        console::trials,
         create::trials,
         lifecycle::trials,
         queries::trials,
         raw::trials,
+        run::trials,
         server::trials,
         terminal::trials,
         wait::trials,

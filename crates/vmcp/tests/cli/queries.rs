@@ -165,7 +165,8 @@ fn a_word_of_another_tool_is_taken_or_answered_with_a_hint() {
     }
     let error = world.run(&["logs", "a"]).failed(2);
     assert!(
-        error.contains("unrecognized subcommand 'logs'") && error.contains("hint: `vmcp events NAME`"),
+        error.contains("unrecognized subcommand 'logs'")
+            && error.contains("hint: `vmcp console NAME --no-follow`"),
         "{error}"
     );
     world.run(&["rm", "a"]).ok();

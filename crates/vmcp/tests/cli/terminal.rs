@@ -1,17 +1,11 @@
 //! `vmcp` in a terminal: what stands on the screen, and what is sent to it.
 
-use std::io::{Read as _, Write as _};
-use std::process::Child;
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
-
-use pty_process::Size;
-use pty_process::blocking::{Command, Pty, open};
 use serde_json::json;
 use vmm_testkit::guests::TinyGuest;
 
+use crate::pty::{Redirect, Terminal};
 use crate::trials;
-use crate::world::{WAIT_TIMEOUT, World, has_qemu, pause};
+use crate::world::{World, has_qemu};
 
 trials![
     a_table_fits_into_the_terminal,
@@ -21,121 +15,6 @@ trials![
     a_spinner_needs_two_terminal_outputs,
     control_bytes_do_not_reach_the_terminal,
 ];
-
-/// The rows of every terminal here.
-const ROWS: u16 = 40;
-
-/// A terminal with `vmcp` in it.
-struct Terminal {
-    pty: Arc<Pty>,
-    child: Child,
-    /// Every byte that was sent to the terminal.
-    sent: Arc<Mutex<Vec<u8>>>,
-    columns: u16,
-}
-
-impl Terminal {
-    /// Runs `vmcp` in a terminal; `redirect` leads its standard error or output elsewhere.
-    fn run(world: &World, columns: u16, arguments: &[&str], redirect: Redirect) -> Self {
-        let (pty, pts) = open().unwrap();
-        pty.resize(Size::new(ROWS, columns)).unwrap();
-        let mut command = Command::from(world.command(arguments)).env("TERM", "xterm");
-        match redirect {
-            Redirect::Nothing => {}
-            Redirect::Stdout => command = command.stdout(std::process::Stdio::null()),
-            Redirect::Stderr => command = command.stderr(std::process::Stdio::null()),
-        }
-        let child = command.spawn(pts).unwrap();
-        let (pty, sent) = (Arc::new(pty), Arc::new(Mutex::new(Vec::new())));
-        let (terminal, into) = (Arc::clone(&pty), Arc::clone(&sent));
-        std::thread::spawn(move || {
-            let mut part = [0; 4096];
-            // The read fails when the program has ended and its terminal is closed.
-            while let Ok(length) = (&*terminal).read(&mut part) {
-                into.lock().unwrap().extend_from_slice(&part[..length]);
-                if length == 0 {
-                    break;
-                }
-            }
-        });
-        Self { pty, child, sent, columns }
-    }
-
-    /// Returns the screen as a person sees it, after everything that was sent.
-    fn screen(&self) -> String {
-        let mut parser = vt100::Parser::new(nonzero(ROWS), nonzero(self.columns), 0);
-        parser.process(&self.sent.lock().unwrap());
-        parser.screen().contents()
-    }
-
-    /// Returns the rows of the screen. The screen's text has one line for rows that wrap.
-    fn rows(&self) -> Vec<String> {
-        let mut parser = vt100::Parser::new(nonzero(ROWS), nonzero(self.columns), 0);
-        parser.process(&self.sent.lock().unwrap());
-        parser.screen().rows(0, self.columns).map(|row| row.trim_end().to_owned()).collect()
-    }
-
-    /// Returns everything that was sent to the terminal.
-    fn sent(&self) -> String {
-        String::from_utf8_lossy(&self.sent.lock().unwrap()).into_owned()
-    }
-
-    /// Types text into the terminal.
-    fn type_in(&self, text: &str) {
-        (&*self.pty).write_all(text.as_bytes()).unwrap();
-    }
-
-    /// Waits until the screen has `text`.
-    #[track_caller]
-    fn wait_for(&self, text: &str) -> String {
-        let deadline = Instant::now() + WAIT_TIMEOUT;
-        loop {
-            let screen = self.screen();
-            if screen.contains(text) {
-                return screen;
-            }
-            assert!(Instant::now() < deadline, "{text:?} never stood on the screen:\n{screen}");
-            pause();
-        }
-    }
-
-    /// Waits until the program has ended, and returns its exit code.
-    fn code(&mut self) -> i32 {
-        let deadline = Instant::now() + WAIT_TIMEOUT;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                // The last bytes may still be on their way to the reader.
-                let mut before = None;
-                while before != Some(self.sent().len()) {
-                    before = Some(self.sent().len());
-                    pause();
-                    pause();
-                }
-                return status.code().expect("no signal ended it");
-            }
-            assert!(Instant::now() < deadline, "vmcp does not end:\n{}", self.screen());
-            pause();
-        }
-    }
-}
-
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn nonzero(number: u16) -> std::num::NonZero<u16> {
-    number.try_into().unwrap()
-}
-
-/// The output that does not go to the terminal.
-enum Redirect {
-    Nothing,
-    Stdout,
-    Stderr,
-}
 
 /// Makes a VM run whose guest ignores the power button, so that a shutdown takes its whole time.
 fn with_a_deaf_guest(vm_id: &str) -> World {

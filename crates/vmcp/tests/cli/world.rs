@@ -238,6 +238,11 @@ impl Running {
         panic!("{text:?} never came: {seen:#?}");
     }
 
+    /// Sends a signal to the program.
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
     /// Waits until the program has ended by itself, and returns its exit code.
     pub(crate) fn code(&mut self) -> i32 {
         let deadline = Instant::now() + WAIT_TIMEOUT;
