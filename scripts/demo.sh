@@ -104,15 +104,22 @@ step "the guest is up: $(grep -a '^vmcp-guest: up' "$CONSOLE" | tr -d '\r')"
 
 cat <<TEXT
 
-Try, in another terminal:
+Try, in another terminal, in this folder:
+
+  export VMCP_SERVER=$BASE_URL
+  ./vmcp list
+  ./vmcp console $VM_ID       the guest's console: type "shell" for a shell, and ~. at the start of a line to leave
+  ./vmcp get $VM_ID
+  ./vmcp pause $VM_ID         and ./vmcp resume $VM_ID
+  ./vmcp events $VM_ID
+  ./vmcp shutdown $VM_ID      presses the power button, which the guest obeys
+  ./vmcp boot $VM_ID
+
+The same without vmcp:
 
   curl -s $BASE_URL/_/health
   curl -s -X POST -H 'Content-Type: application/json' -d '{}' $BASE_URL/vmm.v1.VmService/ListVms
   curl -s -X POST -H 'Content-Type: application/json' -d '{"vm_id": "$VM_ID"}' $BASE_URL/vmm.v1.VmService/GetVmInfo
-  curl -s -X POST -H 'Content-Type: application/json' -d '{"vm_id": "$VM_ID"}' $BASE_URL/vmm.v1.VmService/PauseVm
-  curl -s -X POST -H 'Content-Type: application/json' -d '{"vm_id": "$VM_ID"}' $BASE_URL/vmm.v1.VmService/ResumeVm
-  curl -s -X POST -H 'Content-Type: application/json' -d '{"vm_id": "$VM_ID"}' $BASE_URL/vmm.v1.VmService/RebootVm
-  curl -s -X POST -H 'Content-Type: application/json' -d '{"vm_id": "$VM_ID"}' $BASE_URL/vmm.v1.VmService/ShutdownVm
 
 Press Ctrl-C here to delete the VM and stop the daemon.
 TEXT

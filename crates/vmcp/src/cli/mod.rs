@@ -26,6 +26,10 @@ A VM is named by its name, or by the beginning of its name or uid if no other VM
 Exit codes: 0 done; 1 a failure on this side; 2 a wrong command line; else 10 plus the number of the Connect code, as \
 13 invalid_argument, 15 not_found, 19 failed_precondition, 24 unavailable.
 
+From nothing to a shell in the guest that `make setup` prepared, with the daemon on this host (~. leaves):
+  vmcp run --rm --kernel .cache/guest/vmlinuz --initrd .cache/guest/initramfs.cpio.gz \\
+    --kernel-args 'console=ttyS0 vmcp.do=shell'
+
 Examples:
   vmcp backends
   vmcp create web-1 --memory 1GiB --kernel /opt/kernels/vmlinux --disk /srv/web.img,root

@@ -1,5 +1,7 @@
 //! `run`: from nothing to a guest's console, and away again.
 
+use std::path::Path;
+
 use rustix::process::Signal;
 use vmm_testkit::guests::TinyGuest;
 use vmm_testkit::skip::{on_path, skipped};
@@ -17,6 +19,7 @@ trials![
     a_run_that_cannot_boot_says_what_stays,
     a_signal_ends_a_run_with_rm_and_deletes_the_vm,
     a_run_takes_keys_on_each_hypervisor,
+    a_run_leads_to_a_shell_in_the_linux_guest,
 ];
 
 /// Returns the arguments of a run of a tiny guest.
@@ -130,7 +133,7 @@ fn a_run_takes_keys_on_each_hypervisor() {
             skipped(test, &format!("{program} is not on PATH"));
             continue;
         }
-        if backend != "qemu" && !std::path::Path::new("/dev/kvm").exists() {
+        if backend != "qemu" && !Path::new("/dev/kvm").exists() {
             skipped(test, &format!("{program} needs /dev/kvm"));
             continue;
         }
@@ -143,4 +146,43 @@ fn a_run_takes_keys_on_each_hypervisor() {
         assert_eq!(terminal.code(), 0, "{backend}: {}", terminal.screen());
         assert_eq!(names(&world), "", "{backend}");
     }
+}
+
+fn a_run_leads_to_a_shell_in_the_linux_guest() {
+    let test = "run::a_run_leads_to_a_shell_in_the_linux_guest";
+    if !has_qemu(test) {
+        return;
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest");
+    let file = |name: &str| folder.join(name).canonicalize();
+    let (Ok(kernel), Ok(initrd)) = (file("vmlinuz"), file("initramfs.cpio.gz")) else {
+        return skipped(test, "the Linux guest is not there; `make setup` makes it");
+    };
+    let world = World::started(&[]);
+    let arguments = [
+        "run",
+        "vm",
+        "--rm",
+        "--memory",
+        "128MiB",
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--initrd",
+        initrd.to_str().unwrap(),
+        "--kernel-args",
+        "console=ttyS0 cryptomgr.notests vmcp.do=shell",
+    ];
+    let mut terminal = Terminal::run(&world, 120, &arguments, Redirect::Nothing);
+    terminal.wait_for("vmcp-guest: shell on /dev/ttyS0");
+    terminal.wait_for("/ #");
+    terminal.type_in("echo result=$((6 * 7))\r");
+    terminal.wait_for("result=42");
+    // Ctrl-C interrupts the command in the guest, and not `vmcp`.
+    terminal.type_in("sleep 600; echo never\r");
+    terminal.wait_for("sleep 600");
+    terminal.type_in("\u{3}echo after=$((6 * 8))\r");
+    terminal.wait_for("after=48");
+    terminal.type_in("poweroff -f\r");
+    assert_eq!(terminal.code(), 0, "{}", terminal.screen());
+    assert_eq!(names(&world), "");
 }
