@@ -87,7 +87,7 @@ launch() {
     # shellcheck disable=SC2163  # the arguments are assignments
     export UNKEY_VMCP_QEMU_KVM=false "$@"
     start_daemon qemu "$port"
-    export VMCP_TEST_URL=$BASE_URL VMCP_TEST_KERNEL=$KERNEL
+    export VMCP_TEST_URL=$BASE_URL VMCP_TEST_KERNEL=$KERNEL VMCP_TEST_ECHO_KERNEL=$WORK/tiny-echo.elf
 }
 
 ok() { printf 'ok %s\n' "$1"; }

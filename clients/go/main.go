@@ -44,6 +44,7 @@ func main() {
 		report("violations over "+dialect.name, violations(ctx, dialect, address))
 		report("many violations over "+dialect.name, manyViolations(ctx, dialect, address, kernel))
 		report("a stream over "+dialect.name, stream(ctx, dialect, address))
+		report("a console over "+dialect.name, console(ctx, dialect, address))
 		report("it was "+dialect.name, dialect.proveSpoken(recorder))
 	}
 	for _, dialect := range dialects()[:3] {

@@ -107,6 +107,32 @@ async function stream(client) {
   assert.fail("the stream ended before it was synced");
 }
 
+/** Reads the console of a guest from its first message on, types a line, and reads the guest's echo. */
+async function readAndType(client, vmId) {
+  await client.createVm({
+    vmId,
+    config: { cpu: { vcpuCount: 1 }, memory: { sizeBytes }, boot: { kernelPath: process.env.VMCP_TEST_ECHO_KERNEL } },
+  });
+  try {
+    await client.bootVm({ vmId });
+    let output = "";
+    let step = "the first message";
+    for await (const { data } of client.streamConsole({ vmId, follow: true }, { timeoutMs: 30_000 })) {
+      output += Buffer.from(data).toString("latin1");
+      if (step === "the first message" && output.includes("kind=echo")) {
+        step = "the echo";
+        await client.writeConsole({ vmId, data: Buffer.from("hello from Node\r") });
+      } else if (step === "the echo" && output.includes("hello from Node")) {
+        step = "the end of the VM";
+        await client.deleteVm({ vmId, force: true });
+      }
+    }
+    assert.equal(step, "the end of the VM", output);
+  } finally {
+    await client.deleteVm({ vmId, force: true }).catch(() => {});
+  }
+}
+
 /** Makes both reads, and checks that they went as GET. */
 async function readsByGet(dialect) {
   const { client } = connectWith(dialect, { useHttpGet: true });
@@ -139,6 +165,7 @@ for (const [index, dialect] of dialects.entries()) {
   await check(`violations over ${dialect.name}`, () => violations(client));
   await check(`it was ${dialect.name}`, () => assert.deepEqual([...new Set(calls)], [dialect.sent]));
   await check(`a stream over ${dialect.name}`, () => stream(client));
+  await check(`a console over ${dialect.name}`, () => readAndType(client, `node-console-${index}`));
 }
 for (const dialect of dialects.slice(0, 2)) {
   await check(`reads by GET over ${dialect.name}`, () => readsByGet(dialect));

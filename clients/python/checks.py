@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 URL = os.environ["VMCP_TEST_URL"]
 KERNEL = os.environ["VMCP_TEST_KERNEL"]
+ECHO_KERNEL = os.environ["VMCP_TEST_ECHO_KERNEL"]
 MEMORY = 128 << 20
 
 _failed = False

@@ -32,6 +32,7 @@ check("more violations over gRPC than metadata has room for", with_grpc.many_vio
 check("answers over gRPC that are larger than a client takes", with_grpc.large_answers)
 check("more waits on one gRPC connection than the usual limit", with_grpc.many_waits)
 check("a stream over gRPC", with_grpc.stream)
+check("a console over gRPC", with_grpc.console)
 check("gRPC health", with_grpc.health)
 check("gRPC reflection, v1alpha", with_grpc.reflection)
 finish()

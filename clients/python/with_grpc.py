@@ -11,7 +11,7 @@ from grpc_status import rpc_status
 from vmm.v1 import vm_pb2 as pb
 from vmm.v1 import vm_pb2_grpc
 
-from checks import KERNEL, MEMORY, URL, equal
+from checks import ECHO_KERNEL, KERNEL, MEMORY, URL, equal
 
 channel = grpc.insecure_channel(urlsplit(URL).netloc)
 vms = vm_pb2_grpc.VmServiceStub(channel)
@@ -145,6 +145,32 @@ def stream() -> None:
         if event.type == "synced":
             return
     raise AssertionError("the stream ended before it was synced")
+
+
+def console() -> None:
+    """Reads the console of a guest from its first message on, types a line, and reads the guest's echo."""
+    vm = {"vm_id": "python-console"}
+    config = pb.VmConfig(
+        cpu=pb.CpuConfig(vcpu_count=1),
+        memory=pb.MemoryConfig(size_bytes=MEMORY),
+        boot=pb.BootConfig(kernel_path=ECHO_KERNEL),
+    )
+    vms.CreateVm(pb.CreateVmRequest(**vm, config=config), timeout=TIMEOUT)
+    try:
+        vms.BootVm(pb.BootVmRequest(**vm), timeout=TIMEOUT)
+        output, typed, deleted = b"", False, False
+        for message in vms.StreamConsole(pb.StreamConsoleRequest(**vm, follow=True), timeout=TIMEOUT):
+            output += message.data
+            if not typed and b"kind=echo" in output:
+                vms.WriteConsole(pb.WriteConsoleRequest(**vm, data=b"hello from Python\r"), timeout=TIMEOUT)
+                typed = True
+            if not deleted and b"hello from Python" in output:
+                vms.DeleteVm(pb.DeleteVmRequest(**vm, force=True), timeout=TIMEOUT)
+                deleted = True
+        equal((deleted, output), (True, output))  # the stream ends with the VM, and without an error
+    finally:
+        if vm["vm_id"] in [left.vm_id for left in vms.ListVms(pb.ListVmsRequest(), timeout=TIMEOUT).vms]:
+            vms.DeleteVm(pb.DeleteVmRequest(**vm, force=True), timeout=TIMEOUT)
 
 
 def health() -> None:
