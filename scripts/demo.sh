@@ -6,6 +6,7 @@
 # Environment:
 #   VMCP_DEMO_PORT   port of the daemon on 127.0.0.1 (8080)
 #   VMCP_DAEMON      the daemon to start (./vmm-controlplane)
+#   VMCP_CLIENT      the command line, which shows the console (./vmcp)
 #   ONCE=1           ends when the guest is up; the exit status is 0 only if the guest came up
 #
 # Everything that the script makes is in one temporary folder, which is removed at every end of the script.
@@ -19,13 +20,14 @@ WORK=$(mktemp -d "${TMPDIR:-/tmp}/vmcp-demo.XXXXXX")
 CONSOLE=$WORK/console.log
 VM_ID=
 VMM_PID=
-TAIL_PID=
+CONSOLE_PID=
+VMCP=${VMCP_CLIENT:-$ROOT/vmcp}
 
 cleanup() {
     local status=$?
     trap - EXIT
     trap '' INT TERM
-    [ -z "$TAIL_PID" ] || kill "$TAIL_PID" 2> /dev/null || true
+    [ -z "$CONSOLE_PID" ] || kill "$CONSOLE_PID" 2> /dev/null || true
     if [ -n "$VM_ID" ]; then
         step "deleting $VM_ID"
         if ! api DeleteVm "{\"vm_id\": \"$VM_ID\", \"force\": true}" > "$WORK/deleted"; then
@@ -47,6 +49,7 @@ trap 'exit 143' TERM
 
 need_daemon
 need_linux_guest
+[ -x "$VMCP" ] || die "there is no $VMCP" "run 'make build', or name the program with VMCP_CLIENT"
 ! port_taken "$PORT" || die "port $PORT on 127.0.0.1 is taken by another program" \
     "choose another one: VMCP_DEMO_PORT=8090 make demo"
 
@@ -63,12 +66,12 @@ memory_bytes() {
 # The configuration of the migration guide, with an initrd and a console added and this machine's paths filled in.
 config() {
     jq -n --arg kernel "$GUEST_DIR/vmlinuz" --arg initrd "$GUEST_DIR/initramfs.cpio.gz" --arg disk "$WORK/vm.img" \
-        --arg console "$CONSOLE" --argjson memory "$(memory_bytes)" '{config: {
+        --argjson memory "$(memory_bytes)" '{config: {
             cpu: {vcpu_count: 2, max_vcpu_count: 4},
             memory: {size_bytes: $memory},
             boot: {kernel_path: $kernel, initrd_path: $initrd, kernel_args: "console=ttyS0 root=/dev/vda1"},
             storage: [{path: $disk, is_root_device: true}],
-            console: {enabled: true, output: $console}}}'
+            console: {enabled: true}}}'
 }
 
 guest_is_up() { grep -aq '^vmcp-guest: ready' "$CONSOLE" 2> /dev/null; }
@@ -91,9 +94,9 @@ VM_ID=$(jq -r .vm_id <<< "$CREATED")
 step "booting $VM_ID (about 5 to 20 seconds on an emulated CPU); its console:"
 BOOTED=$(api BootVm "{\"vm_id\": \"$VM_ID\"}") || die "BootVm failed: $BOOTED"
 VMM_PID=$(vmm_pid "$VM_ID")
-# The interval is short, because without inotify tail looks once a second only.
-tail -s 0.2 -n +1 -F "$CONSOLE" 2> /dev/null > >(sed -u 's/^/    | /') &
-TAIL_PID=$!
+# The copy in a file is searched for the guest's messages.
+"$VMCP" --server "$BASE_URL" console "$VM_ID" --no-input 2> /dev/null > >(tee "$CONSOLE" | sed -u 's/^/    | /') &
+CONSOLE_PID=$!
 wait_for 120 guest_is_up_or_over || die "the guest did not come up within two minutes; its console is above"
 guest_is_up || die "the guest ended before it was up ($(vm_state)); its console is above"
 sleep 0.6
