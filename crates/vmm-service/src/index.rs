@@ -38,7 +38,7 @@ pub(crate) use waiters::Waiter;
 use waiters::Waiters;
 
 /// The largest number of records that are copied under one hold of the lock.
-const CHUNK: usize = 128;
+pub(crate) const CHUNK: usize = 128;
 
 /// Some states, in the order of [`VmState::ALL`].
 pub(crate) type StateList = [bool; 4];
@@ -314,6 +314,12 @@ impl Index {
         let count = selection.exact.then_some(selection.count);
         drop(inner);
         (ListedRecords { index: self, filter, after, chunk: Vec::new().into_iter(), ended: false }, count)
+    }
+
+    /// Returns the number of VMs that listings have visited so far.
+    #[cfg(test)]
+    pub(crate) fn visited(&self) -> usize {
+        self.read().order.visited.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     fn read(&self) -> RwLockReadGuard<'_, IndexTables> {

@@ -144,7 +144,55 @@ pub(crate) fn fingerprint(query: &ListQuery) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+    use vmm_core::event::EventSeq;
+    use vmm_core::id::{BackendName, VmUid};
+    use vmm_testkit::store_suite::record;
+
     use super::*;
+    use crate::index::CHUNK;
+    use crate::mailbox::ActorHandle;
+
+    /// Returns an index of `vms` VMs of every state on two backends. Each third has a label.
+    fn index_of(vms: usize) -> Index {
+        let index = Index::default();
+        for number in 0..vms {
+            let mut vm = record(&format!("vm-{number}"));
+            vm.uid = VmUid::new(Uuid::from_u128(1 + number as u128));
+            vm.created_ms = i64::try_from(number).unwrap();
+            vm.state = VmState::ALL[number % 4];
+            vm.backend = BackendName::new(["fake", "other"][number / 4 % 2]);
+            vm.config.metadata = [("third".to_owned(), (number % 3).to_string())].into();
+            let actor = ActorHandle::new(vm.uid, Arc::default());
+            index.insert(Arc::new(vm), EventSeq::default(), actor);
+        }
+        index
+    }
+
+    #[test]
+    fn a_page_of_a_larger_fleet_visits_no_more_vms() {
+        let page = ListQuery { page_size: 10, ..ListQuery::default() };
+        let queries = [
+            page.clone(),
+            ListQuery { states: vec![VmState::Running], ..page.clone() },
+            ListQuery { backend: "other".to_owned(), ..page.clone() },
+            ListQuery { metadata: [("third".to_owned(), "1".to_owned())].into(), ..page },
+        ];
+        for query in queries {
+            let visits = [2_000, 8_000].map(|vms| {
+                let index = index_of(vms);
+                let first = list(&index, &query).unwrap();
+                let of_first = index.visited();
+                let next = ListQuery { page_token: first.next_page_token, ..query.clone() };
+                let second = list(&index, &next).unwrap();
+                assert_eq!((second.vms.len(), second.total_count), (10, first.total_count));
+                [of_first, index.visited() - of_first]
+            });
+            assert_eq!(visits[0], visits[1], "{query:?}");
+            // Each of the eight partitions is looked at once more than it is taken from.
+            assert!(visits[1].iter().all(|visits| *visits <= CHUNK + 8), "{visits:?} of {query:?}");
+        }
+    }
 
     #[test]
     fn a_token_has_one_spelling() {

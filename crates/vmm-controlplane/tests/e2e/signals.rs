@@ -5,13 +5,15 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmm_testkit::guests::TinyGuest;
 
-use crate::harness::{Answer, World, call, eventually, hypervisors, is_alive, signal, vmm_pid};
+use crate::harness::{Answer, World, call, eventually, hypervisors, is_alive, pause, signal, vmm_pid};
 
 /// Where the VM is when its VMM is signalled.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -194,5 +196,77 @@ fn a_vmm_that_hangs_during_its_launch_is_ended_by_force() {
             }
             world.assert_nothing_left();
         }
+    }
+}
+
+/// Signals that arrive at the daemon without an end, from a thread of the test.
+///
+/// SIGSTOP and SIGCONT interrupt the waits of a program that handles no signal: `epoll_wait`, the
+/// waits of futexes with a timeout and others fail with EINTR. SIGCHLD and SIGWINCH are the signals
+/// that a terminal and a process manager send most often.
+struct SignalFlood {
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<u32>>,
+}
+
+impl SignalFlood {
+    fn at(pid: u32) -> Self {
+        let ends = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&ends);
+        let flood = move || {
+            let mut rounds = 0;
+            while !told.load(Ordering::Relaxed) {
+                for each in [Signal::CHILD, Signal::WINCH, Signal::STOP, Signal::CONT] {
+                    signal(pid, each);
+                }
+                rounds += 1;
+                pause();
+            }
+            rounds
+        };
+        Self { ends, thread: Some(std::thread::spawn(flood)) }
+    }
+
+    /// Ends the flood, and returns the number of rounds.
+    fn end(mut self) -> u32 {
+        self.ends.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+impl Drop for SignalFlood {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[test]
+fn a_daemon_interrupted_by_signals_all_the_time_carries_out_every_operation() {
+    for backend in hypervisors("a_daemon_interrupted_by_signals_all_the_time_carries_out_every_operation") {
+        let world = World::started(&[]);
+        let flood = SignalFlood::at(world.pid());
+        for _ in 0..3 {
+            world.create_on(backend, "vm", TinyGuest::Idle);
+            world.boot("vm");
+            world.wait_for_console("vm", &TinyGuest::Idle.banner(), 1);
+            for method in ["PauseVm", "ResumeVm", "RebootVm"] {
+                let body = if method == "RebootVm" {
+                    json!({"vm_id": "vm", "force": true})
+                } else {
+                    json!({"vm_id": "vm"})
+                };
+                world.call(method, &body).ok();
+            }
+            assert_eq!(world.info("vm")["status"]["phase"], "running", "{backend}");
+            world.call("ShutdownVm", &json!({"vm_id": "vm", "force": true})).ok();
+            let deleted = world.call("DeleteVm", &json!({"vm_id": "vm"})).ok();
+            assert!(deleted["left_behind"].as_array().is_none_or(Vec::is_empty), "{deleted}");
+        }
+        let rounds = flood.end();
+        assert!(rounds > 0, "{backend}: {rounds} rounds of signals");
+        world.assert_nothing_left();
     }
 }

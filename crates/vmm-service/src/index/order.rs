@@ -84,6 +84,9 @@ pub(super) struct VmOrder {
     /// Every backend that a record has named. There are few, and none is ever removed.
     backends: Vec<BackendName>,
     keys: [RandomState; 2],
+    /// The number of VMs that walks have visited, for the test that bounds the cost of a page.
+    #[cfg(test)]
+    pub(super) visited: std::sync::atomic::AtomicUsize,
 }
 
 impl VmOrder {
@@ -156,7 +159,11 @@ impl VmOrder {
                 };
                 self.set
                     .range((from, Bound::Included((*partition, ListPosition::LAST))))
-                    .map(|(_, age)| *age)
+                    .map(|(_, age)| {
+                        #[cfg(test)]
+                        self.visited.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        *age
+                    })
                     .peekable()
             })
             .collect();
