@@ -144,6 +144,8 @@ fn a_vm_runs_on_the_spare_vmm_and_leaves_nothing() {
         world.boot("late");
         assert_eq!(vmm_pid(&world.info("late")), waited.pid, "{backend}: the process that waited");
         world.wait_for_console("late", &TinyGuest::Idle.banner(), 1);
+        // The process has had its input since its start.
+        world.type_at_console("late", b"typed");
         assert!(!is_marked(&waited.folder), "{backend}: it is a spare one no longer");
         delete(&world, "late");
         assert!(!is_alive(waited.pid) && !waited.folder.exists(), "{backend}");

@@ -98,6 +98,8 @@ macro_rules! backend_suite {
             console_kept
             console_to_a_file
             console_off
+            console_streamed
+            console_input
             metadata
             guest_obeys_shutdown
             paused_guest_obeys_shutdown
