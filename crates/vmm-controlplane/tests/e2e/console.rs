@@ -187,7 +187,11 @@ fn a_flooded_console_stays_bounded_and_a_slow_reader_skips_output() {
         let idle = Console::stream(&world, "vm", &json!({"follow": true}));
         let typed = 9 << 10;
         world.type_at_console("vm", &vec![b'x'; typed]);
-        eventually("the guest has sent everything back", || facts().len() > typed as u64);
+        // An emulated guest on a busy host takes minutes, so that only a standstill is a failure.
+        while facts().len() <= typed as u64 {
+            let before = facts().len();
+            eventually("the guest sends more back", || facts().len() > before);
+        }
         eventually("the console is trimmed", || facts().blocks() * 512 <= 2 * HISTORY);
         let mut late = Console::stream(&world, "vm", &json!({"offset": 0}));
         assert_eq!(late.read_to_end(), "");
