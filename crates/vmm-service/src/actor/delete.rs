@@ -21,7 +21,7 @@ use vmm_host::fault::{FaultPoint, point};
 use super::Actor;
 use super::budget::{Budget, EffectError};
 use super::hold::Hold;
-use super::journal::{ChangeReason, RecordUpdate};
+use super::record_update::{ChangeReason, RecordUpdate};
 use crate::error::ServiceError;
 use crate::mailbox::{OperationOutcome, OperationRequest};
 use crate::{spares, tombstones};

@@ -23,7 +23,7 @@ use vmm_host::process::{Lookup, adopt};
 use super::Actor;
 use super::budget::Budget;
 use super::hold::Hold;
-use super::journal::{ChangeReason, FoundConfig, RecordUpdate};
+use super::record_update::{ChangeReason, FoundConfig, RecordUpdate};
 use crate::check::FILE_CHECK_TIMEOUT;
 use crate::places;
 

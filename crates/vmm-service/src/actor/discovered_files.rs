@@ -16,7 +16,7 @@ use vmm_core::store::{HostClaim, RunRecord};
 use super::Actor;
 use super::budget::Budget;
 use super::hold::Hold;
-use super::journal::{ChangeReason, RecordUpdate};
+use super::record_update::{ChangeReason, RecordUpdate};
 
 /// The time between two looks. A look may keep the actor from its operations for three seconds.
 const FILE_CHECK_INTERVAL: Duration = Duration::from_secs(30);

@@ -23,16 +23,15 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vmm_core::backend::Effect;
 use vmm_core::caller::Caller;
-use vmm_core::cause::Cause;
-use vmm_core::config::VmConfig;
-use vmm_core::event::{ConfigChange, EventKind, NewEvent, VmSummary};
-use vmm_core::state::{EndedBy, Observation, Phase, Status, VmOperation, observe};
+use vmm_core::event::{EventKind, NewEvent, VmSummary};
+use vmm_core::state::{EndedBy, Phase, Status, observe};
 use vmm_core::store::{Commit, Intent, IntentKind, RecordChange, StoreError, StoreErrorKind, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 use vmm_host::process;
 
 use super::Actor;
 use super::budget::Budget;
+use super::record_update::{ChangeReason, RecordUpdate};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::events::CommitReceipt;
@@ -71,105 +70,7 @@ impl Deref for ActorRecord {
     }
 }
 
-/// The reason for a change, for the audit trail.
-#[derive(Clone)]
-pub(super) struct ChangeReason<'a> {
-    pub(super) cause: Cause,
-    /// The caller, or `None` if no client requested the change.
-    pub(super) caller: Option<&'a Caller>,
-    /// The rung that ended the run, if the run ended.
-    pub(super) ended_by: Option<EndedBy>,
-}
-
-impl<'a> ChangeReason<'a> {
-    /// Returns the reason of a change that no client requested.
-    pub(super) const fn by_itself(cause: Cause) -> Self {
-        Self { cause, caller: None, ended_by: None }
-    }
-
-    /// Returns the reason of a change that `caller` requested.
-    pub(super) const fn asked(request: VmOperation, caller: &'a Caller) -> Self {
-        Self { cause: Cause::of(request), caller: Some(caller), ended_by: None }
-    }
-
-    /// Returns this reason with the rung that ended the run.
-    pub(super) const fn ended_by(mut self, ended_by: Option<EndedBy>) -> Self {
-        self.ended_by = ended_by;
-        self
-    }
-}
-
-/// One change of a VM: every part of its record that changes, and the event that reports the
-/// change.
-#[derive(Clone)]
-pub(super) struct RecordUpdate<'a> {
-    kind: EventKind,
-    why: ChangeReason<'a>,
-    status: Status,
-    observations: [Option<Observation>; 2],
-    intent: Option<Intent>,
-    ended_by: Option<Option<EndedBy>>,
-    config: Option<Box<ConfigEdit>>,
-    found: Option<Box<FoundConfig>>,
-}
-
-/// A new configuration of a VM.
-#[derive(Clone)]
-pub(super) struct ConfigEdit {
-    /// The configuration in force from the commit on.
-    pub(super) config: VmConfig,
-    /// True if the file of `console.output` stays the one that this VM has made.
-    pub(super) keeps_console_output: bool,
-    /// The account of the change for the event.
-    pub(super) change: ConfigChange,
-}
-
-/// The configuration of a VM that another program has started, as its VMM reports it.
-#[derive(Clone)]
-pub(super) struct FoundConfig {
-    pub(super) config: VmConfig,
-    /// The properties that the configuration cannot express.
-    pub(super) unrepresented: Vec<String>,
-}
-
-impl<'a> RecordUpdate<'a> {
-    /// Creates a change after which no operation is in progress. The state stays.
-    pub(super) const fn new(kind: EventKind, why: ChangeReason<'a>, status: Status) -> Self {
-        let (observations, intent) = ([None; 2], None);
-        Self { kind, why, status, observations, intent, ended_by: None, config: None, found: None }
-    }
-
-    /// Moves the state by `observation`, after an earlier one.
-    pub(super) const fn observing(mut self, observation: Observation) -> Self {
-        self.observations = [self.observations[1], Some(observation)];
-        self
-    }
-
-    /// Leaves `intent` on record.
-    pub(super) fn intending(mut self, intent: Option<Intent>) -> Self {
-        self.intent = intent;
-        self
-    }
-
-    /// Replaces the rung that ended the last run.
-    pub(super) const fn ending(mut self, ended_by: Option<EndedBy>) -> Self {
-        self.ended_by = Some(ended_by);
-        self
-    }
-
-    /// Replaces the configuration.
-    pub(super) fn configuring(mut self, edit: ConfigEdit) -> Self {
-        self.config = Some(Box::new(edit));
-        self
-    }
-
-    /// Replaces the configuration by the one that was found, if one was. The VM counts as imported
-    /// then.
-    pub(super) fn configured(mut self, found: Option<FoundConfig>) -> Self {
-        self.found = found.map(Box::new);
-        self
-    }
-
+impl RecordUpdate<'_> {
     /// Returns true if `record` shows this change already, except for its message and its times.
     fn is_shown_by(&self, actor: &Actor, record: &VmRecord) -> bool {
         let (mut next, _) = self.clone().apply(actor, record);

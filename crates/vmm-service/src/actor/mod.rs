@@ -41,6 +41,7 @@ mod launch;
 mod observe;
 mod operations;
 mod quarantine;
+mod record_update;
 mod recover;
 mod resets;
 mod restart;

@@ -14,8 +14,8 @@ use vmm_core::state::{EndedBy, Observation, Phase, observe};
 use super::Actor;
 use super::budget::{Budget, EffectError};
 use super::hold::{Hold, VmmMessage};
-use super::journal::{ChangeReason, RecordUpdate};
 use super::operations::PROBE_LIMIT;
+use super::record_update::{ChangeReason, RecordUpdate};
 use super::restart::RestartDecision;
 use crate::metrics::{Contact, ContactReport};
 

@@ -17,7 +17,7 @@ use vmm_host::fault::{FaultPoint, point};
 use super::Actor;
 use super::budget::{Budget, EffectError};
 use super::hold::{Hold, NextStep};
-use super::journal::{ChangeReason, RecordUpdate};
+use super::record_update::{ChangeReason, RecordUpdate};
 use super::start::{ReservedPhase, StartRequest};
 use crate::error::ServiceError;
 use crate::mailbox::{OperationOutcome, OperationRequest};

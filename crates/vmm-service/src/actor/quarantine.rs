@@ -32,7 +32,7 @@ use vmm_host::process::{Lookup, search_by_argument};
 
 use super::budget::KILL_LIMIT;
 use super::hold::Hold;
-use super::journal::{ChangeReason, RecordUpdate};
+use super::record_update::{ChangeReason, RecordUpdate};
 use super::{Actor, Flow};
 use crate::error::ServiceError;
 

@@ -30,7 +30,7 @@ use vmm_host::process;
 
 use super::budget::{Budget, EffectError};
 use super::hold::{Hold, NextStep};
-use super::journal::{ChangeReason, RecordUpdate};
+use super::record_update::{ChangeReason, RecordUpdate};
 use super::{Actor, Flow};
 use crate::mailbox::OperationRequest;
 use crate::operation_log::Ending;

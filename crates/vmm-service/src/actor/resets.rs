@@ -25,7 +25,7 @@ use vmm_core::state::{Observation, Phase};
 
 use super::Actor;
 use super::budget::Budget;
-use super::journal::{ChangeReason, RecordUpdate};
+use super::record_update::{ChangeReason, RecordUpdate};
 
 /// The least time between two records of resets.
 const RECORD_INTERVAL: Duration = Duration::from_secs(1);

@@ -27,7 +27,7 @@ use vmm_core::state::{Phase, Status, VmOperation};
 use super::Actor;
 use super::budget::Budget;
 use super::hold::{NextStep, run_start};
-use super::journal::{ChangeReason, RecordUpdate};
+use super::record_update::{ChangeReason, RecordUpdate};
 use super::resets::MAX_RESTARTS;
 use super::start::{StartError, StartRequest};
 use crate::error::ServiceError;

@@ -11,8 +11,8 @@ use vmm_host::fault::{FaultPoint, point};
 
 use super::Actor;
 use super::budget::{Budget, EffectError};
-use super::journal::{ChangeReason, RecordUpdate};
 use super::operations::EFFECT_LIMIT;
+use super::record_update::{ChangeReason, RecordUpdate};
 use crate::error::ServiceError;
 use crate::mailbox::{OperationOutcome, OperationRequest};
 

@@ -24,7 +24,7 @@ use vmm_core::store::Intent;
 use super::Actor;
 use super::budget::Budget;
 use super::hold::{Hold, NextStep};
-use super::journal::{ChangeReason, RecordUpdate};
+use super::record_update::{ChangeReason, RecordUpdate};
 use super::restart::LastEnd;
 use crate::mailbox::OperationRequest;
 use crate::operation_log::Ending;

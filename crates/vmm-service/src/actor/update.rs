@@ -21,7 +21,7 @@ use vmm_host::fault::{FaultPoint, point};
 use super::Actor;
 use super::budget::Budget;
 use super::hold::{Hold, NextStep};
-use super::journal::{ChangeReason, ConfigEdit, RecordUpdate};
+use super::record_update::{ChangeReason, ConfigEdit, RecordUpdate};
 use crate::check::FILE_CHECK_TIMEOUT;
 use crate::error::ServiceError;
 use crate::mailbox::{OperationOutcome, OperationRequest};

@@ -10,8 +10,8 @@ use super::{IntendedPhase, ReservedPhase, StartError, StartRequest, TapsProvided
 use crate::actor::Actor;
 use crate::actor::budget::{Budget, EffectError};
 use crate::actor::hold::{Hold, NextStep};
-use crate::actor::journal::{ChangeReason, RecordUpdate};
 use crate::actor::launch::launched_nothing;
+use crate::actor::record_update::{ChangeReason, RecordUpdate};
 use crate::actor::recover::leftover_message;
 use crate::error::ServiceError;
 
