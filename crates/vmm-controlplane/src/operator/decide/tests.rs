@@ -69,7 +69,7 @@ fn facts() -> ReconcileFacts {
 }
 
 fn known(facts: &mut ReconcileFacts, uid: VmUid, process: Option<ProcessIdentity>) {
-    let mut record = VmRecord { uid, intent: None, ..store_suite::record("vm") };
+    let mut record = VmRecord { uid, intent: None, pending: None, ..store_suite::record("vm") };
     record.run = process.map(|process| RunRecord {
         process,
         socket: PathBuf::from(dir(uid)).join("qmp.sock"),
