@@ -44,13 +44,35 @@ struct ClaimHolder {
     left: Option<Arc<str>>,
 }
 
+/// A claim that another VM, or the process of a deleted VM, holds.
+#[derive(Debug, thiserror::Error)]
+#[error("{} is in use by {holder}", name_of(claim))]
+pub(crate) struct ClaimConflict {
+    claim: HostClaim,
+    holder: ConflictingHolder,
+}
+
+/// The holder of a claim that is taken.
+#[derive(Debug, thiserror::Error)]
+enum ConflictingHolder {
+    #[error("VM \"{0}\", which runs; shut that VM down first, or use another")]
+    Vm(VmId),
+    #[error("{0}, which could not be ended; it is free when that process has gone")]
+    Process(Arc<str>),
+}
+
 impl Claims {
     /// Takes all of `claims` for one VM in addition to its present claims, or none of them.
     ///
     /// # Errors
     ///
-    /// Returns a text that names the taken claim and the VM that holds it.
-    pub(crate) fn acquire(&self, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) -> Result<(), String> {
+    /// Returns the taken claim and its holder.
+    pub(crate) fn acquire(
+        &self,
+        uid: VmUid,
+        vm_id: &VmId,
+        claims: &[HostClaim],
+    ) -> Result<(), ClaimConflict> {
         let mut holders = self.lock();
         check(&holders, uid, claims)?;
         insert(&mut holders, uid, vm_id, claims);
@@ -61,8 +83,13 @@ impl Claims {
     ///
     /// # Errors
     ///
-    /// Returns a text that names the taken claim and the VM that holds it.
-    pub(crate) fn exchange(&self, uid: VmUid, vm_id: &VmId, claims: &[HostClaim]) -> Result<(), String> {
+    /// Returns the taken claim and its holder.
+    pub(crate) fn exchange(
+        &self,
+        uid: VmUid,
+        vm_id: &VmId,
+        claims: &[HostClaim],
+    ) -> Result<(), ClaimConflict> {
         let mut holders = self.lock();
         // The check comes before the removal, and both happen under one lock. A refusal therefore
         // leaves the old claims in place, and no other VM can take a claim between the two steps.
@@ -104,7 +131,7 @@ impl Claims {
     }
 }
 
-fn check(holders: &ClaimTable, uid: VmUid, claims: &[HostClaim]) -> Result<(), String> {
+fn check(holders: &ClaimTable, uid: VmUid, claims: &[HostClaim]) -> Result<(), ClaimConflict> {
     // A claim conflicts with a claim of another VM on the same key if one of the two is exclusive,
     // so that readers share a disk. The exception are two claims that both hold only a part of the
     // key: two partitions of one disk do not overlap. The VM's own claims never conflict here,
@@ -118,17 +145,11 @@ fn check(holders: &ClaimTable, uid: VmUid, claims: &[HostClaim]) -> Result<(), S
                 .find(|holder| holder.uid != uid && (exclusive || holder.exclusive) && !(part && holder.part))
         });
         if let Some(other) = other {
-            return Err(match &other.left {
-                None => format!(
-                    "{} is in use by VM \"{}\", which runs; shut that VM down first, or use another",
-                    name_of(claim),
-                    other.vm_id
-                ),
-                Some(process) => format!(
-                    "{} is in use by {process}, which could not be ended; it is free when that process has gone",
-                    name_of(claim)
-                ),
-            });
+            let holder = match &other.left {
+                None => ConflictingHolder::Vm(other.vm_id.clone()),
+                Some(process) => ConflictingHolder::Process(Arc::clone(process)),
+            };
+            return Err(ClaimConflict { claim: claim.clone(), holder });
         }
     }
     Ok(())
@@ -214,7 +235,7 @@ mod tests {
             [HostClaim::Disk { device: 8, inode: 0, writable: true, path: "/w".into(), lies_on: vec![] }];
         claims.acquire(a, &id, &[partition(9, 8, true)]).unwrap();
         claims.acquire(b, &id, &[partition(10, 8, true)]).expect("its neighbour has other bytes");
-        assert!(claims.acquire(c, &id, &whole).unwrap_err().contains("VM \"a\""));
+        assert!(claims.acquire(c, &id, &whole).unwrap_err().to_string().contains("VM \"a\""));
         assert!(claims.acquire(c, &id, &[partition(10, 8, false)]).is_err(), "the very same partition");
         claims.release(a);
         claims.acquire(c, &id, &whole).expect_err("b still has a part of it");
@@ -230,7 +251,7 @@ mod tests {
         let id: VmId = "a".parse().unwrap();
         let by_path = |path: &str, writable| [HostClaim::Path { path: path.into(), writable }];
         claims.acquire(a, &id, &by_path("/x", true)).unwrap();
-        assert!(claims.acquire(b, &id, &[disk(1, false)]).unwrap_err().contains("disk /x"));
+        assert!(claims.acquire(b, &id, &[disk(1, false)]).unwrap_err().to_string().contains("disk /x"));
         claims.acquire(b, &id, &by_path("/x", false)).expect_err("they may be one disk");
         claims.acquire(b, &id, &by_path("/y", true)).expect("another disk, as far as the paths tell");
         claims.exchange(a, &id, &[disk(1, true)]).expect("the file has answered");
@@ -250,7 +271,7 @@ mod tests {
         let id: VmId = "a".parse().unwrap();
         claims.acquire(a, &id, &[disk(1, false)]).unwrap();
         claims.acquire(b, &id, &[disk(1, false)]).unwrap();
-        let refusal = claims.acquire(c, &id, &[disk(2, true), disk(1, true)]).unwrap_err();
+        let refusal = claims.acquire(c, &id, &[disk(2, true), disk(1, true)]).unwrap_err().to_string();
         assert!(refusal.contains("VM \"a\""), "{refusal}");
         claims.acquire(b, &id, &[disk(2, true)]).expect("a refused claim takes nothing");
         claims.release(a);
@@ -299,7 +320,9 @@ mod tests {
         let id: VmId = "holder".parse().unwrap();
         let tap = HostClaim::Tap { name: "tap0".into() };
         claims.acquire(a, &id, std::slice::from_ref(&tap)).unwrap();
-        assert!(claims.acquire(b, &id, std::slice::from_ref(&tap)).unwrap_err().contains("holder"));
+        assert!(
+            claims.acquire(b, &id, std::slice::from_ref(&tap)).unwrap_err().to_string().contains("holder")
+        );
         claims.release(a);
         claims.release(a);
         claims.acquire(b, &id, &[tap]).unwrap();

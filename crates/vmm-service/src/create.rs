@@ -21,6 +21,7 @@ use crate::actor::{ActorOrigin, NewActor};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::events::CommitReceipt;
+use crate::failure::Failure;
 use crate::mailbox::OperationOutcome;
 use crate::operation_log::Ending;
 use crate::places;
@@ -242,7 +243,7 @@ async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
 /// only if there is no other violation.
 fn refusal(report: CheckReport) -> ServiceError {
     match report.violations.as_slice() {
-        [only] if only.field == FIRMWARE_FIELD => ServiceError::unsupported(only.to_string()),
+        [only] if only.field == FIRMWARE_FIELD => Failure::NoFirmware(only.clone()).into(),
         _ => ServiceError::Invalid(report.into_violations()),
     }
 }
@@ -258,10 +259,7 @@ fn answer_repeated_call(
     }
     let leaving = existing.intent.as_ref().is_some_and(Intent::is_deletion);
     if leaving {
-        return Err(ServiceError::unavailable(format!(
-            "VM \"{}\" is being deleted; try again when it is gone",
-            existing.vm_id
-        )));
+        return Err(Failure::BeingDeleted { vm_id: existing.vm_id.clone() }.into());
     }
     let warnings = match VmSpec::parse(&existing.config) {
         Ok(spec) => {

@@ -8,7 +8,9 @@ use vmm_core::backend::{BackendError, BackendErrorKind};
 use vmm_core::id::VmId;
 use vmm_core::report::FieldReport;
 use vmm_core::state::{VmOperation, VmState, legal_requests};
-use vmm_core::store::{StoreError, StoreErrorKind, VmRecord};
+use vmm_core::store::{StoreError, StoreErrorKind};
+
+use crate::failure::{BootObstacle, ConsoleFailure, Failure, UpdateFailure};
 
 /// A failed use case. Its text is for clients, and describes the failure and the next action.
 #[derive(Debug, thiserror::Error)]
@@ -60,77 +62,111 @@ pub enum ServiceError {
     Internal(FailureAccount),
 }
 
-/// The account of a failure: a sentence for clients, and the error below it, which the log shows.
+/// The account of a failure: the failure itself, whose text is for clients, and the error below it,
+/// which the log shows.
 #[derive(Clone, Debug)]
-pub struct FailureAccount {
-    text: String,
-    source: Option<Arc<dyn Error + Send + Sync>>,
-}
-
-impl FailureAccount {
-    /// Adds the error below.
-    pub(crate) fn caused_by(mut self, source: impl Error + Send + Sync + 'static) -> Self {
-        self.source = Some(Arc::new(source));
-        self
-    }
-
-    /// Returns the sentence for clients.
-    pub fn text(&self) -> &str {
-        &self.text
-    }
-
-    fn and(mut self, more: &str) -> Self {
-        self.text = format!("{}. {more}", self.text);
-        self
-    }
-}
-
-impl<T: Into<String>> From<T> for FailureAccount {
-    fn from(text: T) -> Self {
-        Self { text: text.into(), source: None }
-    }
-}
+pub struct FailureAccount(Arc<Failure>);
 
 impl fmt::Display for FailureAccount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+        fmt::Display::fmt(&self.0, f)
     }
 }
 
 impl Error for FailureAccount {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.source.as_ref().map(|source| &**source as &(dyn Error + 'static))
+        self.0.source()
     }
 }
 
-macro_rules! constructors {
-    ($($(#[$doc:meta])* $name:ident => $variant:ident,)*) => {
-        $($(#[$doc])* pub(crate) fn $name(failure: impl Into<FailureAccount>) -> Self {
-            Self::$variant(failure.into())
-        })*
-    };
+impl From<Failure> for ServiceError {
+    fn from(failure: Failure) -> Self {
+        let variant = match &failure {
+            Failure::CannotBoot { why, .. } => match why {
+                BootObstacle::Config(_) | BootObstacle::Files(_) | BootObstacle::Claimed(_) => {
+                    Self::Precondition
+                }
+                BootObstacle::FilesTimedOut(_) => Self::Unavailable,
+                BootObstacle::HostLimit(_) | BootObstacle::Descriptors(_) => Self::Exhausted,
+            },
+            Failure::Backend { error, .. } => variant_of(error),
+            Failure::Console(failure) => match failure {
+                ConsoleFailure::NotKept { .. }
+                | ConsoleFailure::NotKnown { .. }
+                | ConsoleFailure::Disabled { .. } => Self::Precondition,
+                ConsoleFailure::Unreadable { .. } | ConsoleFailure::VmmGone { .. } => Self::Unavailable,
+                ConsoleFailure::PastTheEnd { .. } => Self::OutOfRange,
+                ConsoleFailure::NoInput { .. } => Self::Unsupported,
+                ConsoleFailure::Unread { .. } => Self::Deadline,
+                ConsoleFailure::NotWritten { error, .. } => variant_of(error),
+            },
+            Failure::Update(failure) => match failure {
+                UpdateFailure::OtherGeneration { .. } => Self::Aborted,
+                UpdateFailure::Foreign { .. }
+                | UpdateFailure::Runs { .. }
+                | UpdateFailure::Protected { .. } => Self::Precondition,
+                UpdateFailure::NoChange => Self::Internal,
+            },
+            Failure::NotRecorded { error, .. } => match error.kind {
+                StoreErrorKind::Full => Self::Exhausted,
+                StoreErrorKind::Io | StoreErrorKind::Closed => Self::Unavailable,
+                StoreErrorKind::NameTaken
+                | StoreErrorKind::Conflict
+                | StoreErrorKind::Corrupt
+                | StoreErrorKind::Newer => Self::Internal,
+            },
+            Failure::EventsNotRead(error) => match error.kind {
+                StoreErrorKind::Full | StoreErrorKind::Io | StoreErrorKind::Closed => Self::Unavailable,
+                StoreErrorKind::NameTaken
+                | StoreErrorKind::Conflict
+                | StoreErrorKind::Corrupt
+                | StoreErrorKind::Newer => Self::Internal,
+            },
+            Failure::NotLegal { .. }
+            | Failure::CannotReboot { .. }
+            | Failure::NotBootedAgain { .. }
+            | Failure::EndedMeanwhile { .. }
+            | Failure::EveryNameTaken { .. } => Self::Precondition,
+            Failure::OutOfReach { .. }
+            | Failure::Quarantined { .. }
+            | Failure::QueueFull { .. }
+            | Failure::BeingDeleted { .. }
+            | Failure::FilesTimedOut(_)
+            | Failure::Stopping { .. } => Self::Unavailable,
+            Failure::ImportsOnly { .. } | Failure::NoFirmware(_) => Self::Unsupported,
+            Failure::WaitTimedOut { .. } => Self::Deadline,
+            Failure::Preempted { .. } => Self::Aborted,
+            Failure::NoPlaceLeft { .. } | Failure::FilesNotExamined { .. } | Failure::WatchTooSlow { .. } => {
+                Self::Exhausted
+            }
+            Failure::EventsExpired { .. } | Failure::UnknownLog { .. } => Self::OutOfRange,
+            Failure::EndedAbnormally { .. } | Failure::CreationEndedAbnormally => Self::Internal,
+        };
+        variant(FailureAccount(Arc::new(failure)))
+    }
+}
+
+/// Returns the variant for a failure of the backend.
+fn variant_of(error: &BackendError) -> fn(FailureAccount) -> ServiceError {
+    if error.vmm_limit.is_some() {
+        return ServiceError::Exhausted;
+    }
+    match error.kind {
+        BackendErrorKind::Unsupported(_) => ServiceError::Unsupported,
+        BackendErrorKind::NotInstalled
+        | BackendErrorKind::Rejected
+        | BackendErrorKind::Host
+        | BackendErrorKind::NotServed
+        | BackendErrorKind::Gone => ServiceError::Precondition,
+        BackendErrorKind::Exhausted => ServiceError::Exhausted,
+        BackendErrorKind::Timeout | BackendErrorKind::Unreachable | BackendErrorKind::Protocol => {
+            ServiceError::Unavailable
+        }
+        BackendErrorKind::StillRuns => ServiceError::Deadline,
+    }
 }
 
 impl ServiceError {
-    constructors! {
-        /// Makes a [`ServiceError::Precondition`].
-        precondition => Precondition,
-        /// Makes a [`ServiceError::Unavailable`].
-        unavailable => Unavailable,
-        /// Makes a [`ServiceError::Unsupported`].
-        unsupported => Unsupported,
-        /// Makes a [`ServiceError::Deadline`].
-        deadline => Deadline,
-        /// Makes a [`ServiceError::Aborted`].
-        aborted => Aborted,
-        /// Makes a [`ServiceError::Exhausted`].
-        exhausted => Exhausted,
-        /// Makes a [`ServiceError::OutOfRange`].
-        out_of_range => OutOfRange,
-        /// Makes a [`ServiceError::Internal`].
-        internal => Internal,
-    }
-
     /// Returns the error for one violation of one field.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Invalid(vec![FieldReport::new(field, message)])
@@ -142,49 +178,6 @@ impl ServiceError {
             return Self::invalid("vm_id", "is required: name a VM, one of those that ListVms shows");
         }
         Self::NotFound(vm_id.to_owned())
-    }
-
-    /// Returns the error of a method that is no operation and that the state of `record` does not
-    /// admit.
-    pub(crate) fn not_legal(method: &str, record: &VmRecord) -> Self {
-        let (vm_id, state) = (&record.vm_id, record.state);
-        Self::precondition(format!(
-            "{method} is not legal for VM \"{vm_id}\" in state {}; legal now: {}",
-            state.name(),
-            legal(state)
-        ))
-    }
-
-    /// Adds `more` to the text of a store's failure, because more happened than the store knows.
-    pub(crate) fn but(self, more: &str) -> Self {
-        match self {
-            Self::Exhausted(failure) => Self::Exhausted(failure.and(more)),
-            Self::Unavailable(failure) => Self::Unavailable(failure.and(more)),
-            Self::Internal(failure) => Self::Internal(failure.and(more)),
-            other => other,
-        }
-    }
-
-    /// Returns the client's error for a failure of the backend. `what` is the verb of the message.
-    pub(crate) fn from_backend(what: &str, vm_id: &VmId, error: &BackendError) -> Self {
-        let text = format!("could not {what} VM \"{vm_id}\": {error}");
-        let failure = FailureAccount::from(text).caused_by(error.clone());
-        if error.vmm_limit.is_some() {
-            return Self::Exhausted(failure);
-        }
-        match error.kind {
-            BackendErrorKind::Unsupported(_) => Self::Unsupported(failure),
-            BackendErrorKind::NotInstalled
-            | BackendErrorKind::Rejected
-            | BackendErrorKind::Host
-            | BackendErrorKind::NotServed
-            | BackendErrorKind::Gone => Self::Precondition(failure),
-            BackendErrorKind::Exhausted => Self::Exhausted(failure),
-            BackendErrorKind::Timeout | BackendErrorKind::Unreachable | BackendErrorKind::Protocol => {
-                Self::Unavailable(failure)
-            }
-            BackendErrorKind::StillRuns => Self::Deadline(failure),
-        }
     }
 
     /// Returns the word for this error in the log, which is the code of the answer on the wire.
@@ -221,27 +214,29 @@ impl ServiceError {
     }
 }
 
-impl From<StoreError> for ServiceError {
-    fn from(error: StoreError) -> Self {
-        let kind = error.kind;
-        let failure =
-            FailureAccount::from(format!("the change could not be recorded: {error}")).caused_by(error);
-        match kind {
-            StoreErrorKind::Full => Self::Exhausted(failure),
-            StoreErrorKind::Io | StoreErrorKind::Closed => Self::Unavailable(failure),
-            StoreErrorKind::NameTaken
-            | StoreErrorKind::Conflict
-            | StoreErrorKind::Corrupt
-            | StoreErrorKind::Newer => Self::Internal(failure),
-        }
+impl From<ConsoleFailure> for ServiceError {
+    fn from(failure: ConsoleFailure) -> Self {
+        Failure::Console(failure).into()
     }
 }
 
-fn list(violations: &[FieldReport]) -> String {
+impl From<UpdateFailure> for ServiceError {
+    fn from(failure: UpdateFailure) -> Self {
+        Failure::Update(failure).into()
+    }
+}
+
+impl From<StoreError> for ServiceError {
+    fn from(error: StoreError) -> Self {
+        Failure::NotRecorded { error, consequence: None }.into()
+    }
+}
+
+pub(crate) fn list(violations: &[FieldReport]) -> String {
     violations.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
-fn legal(state: VmState) -> String {
+pub(crate) fn legal(state: VmState) -> String {
     legal_requests(state).map(VmOperation::name).collect::<Vec<_>>().join(", ")
 }
 
@@ -251,12 +246,16 @@ mod tests {
 
     use super::*;
 
+    fn failed_boot(error: BackendError) -> ServiceError {
+        Failure::Backend { step: VmOperation::Boot, vm_id: "a".parse().unwrap(), error }.into()
+    }
+
     #[test]
     fn the_whole_source_chain_of_a_failure_is_kept() {
         let kernel = std::io::Error::from_raw_os_error(13);
         let error =
             BackendError::new(BackendErrorKind::Host, Effect::NotApplied, "no socket").caused_by(kernel);
-        let error = ServiceError::from_backend("boot", &"a".parse().unwrap(), &error);
+        let error = failed_boot(error);
         assert_eq!(error.to_string(), "could not boot VM \"a\": no socket");
         assert_eq!(error.causes(), ["Permission denied (os error 13)"], "what the text says is not repeated");
         assert!(matches!(error, ServiceError::Precondition(_)));
@@ -271,14 +270,14 @@ mod tests {
             {
                 let error = BackendError::new(kind, Effect::NotApplied, "x")
                     .caused_by(std::io::Error::from_raw_os_error(kernel.raw_os_error().unwrap()));
-                let error = ServiceError::from_backend("boot", &"a".parse().unwrap(), &error);
+                let error = failed_boot(error);
                 assert!(matches!(error, ServiceError::Exhausted(_)), "{error:?}");
                 assert!(error.to_string().contains(advice), "{error}");
             }
         }
         // A VMM reports the same limit in its own words.
         let error = BackendError::refused(Effect::NotApplied, "its last words: Too many open files");
-        let error = ServiceError::from_backend("boot", &"a".parse().unwrap(), &error);
+        let error = failed_boot(error);
         assert!(matches!(error, ServiceError::Exhausted(_)), "{error:?}");
         assert!(error.to_string().contains("LimitNOFILE="), "{error}");
     }

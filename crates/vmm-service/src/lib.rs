@@ -28,6 +28,7 @@ mod console;
 mod create;
 mod error;
 mod events;
+mod failure;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -23,6 +23,7 @@ use vmm_core::state::{EndedBy, VmOperation};
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
+use crate::failure::Failure;
 use crate::operation_count::OperationGuard;
 use crate::update::ConfigUpdate;
 
@@ -233,10 +234,7 @@ impl ActorHandle {
             let (queue, limit) =
                 if force { (&mut queues.forced, FORCED_LIMIT) } else { (&mut queues.asked, ASKED_LIMIT) };
             if queue.len() >= limit {
-                let hint = if force { "" } else { ", or use force" };
-                return Some(Err(ServiceError::unavailable(format!(
-                    "{limit} operations already wait for this VM; try again when some have ended{hint}"
-                ))));
+                return Some(Err(Failure::QueueFull { limit, force }.into()));
             }
             queue.push_back(queued);
         }

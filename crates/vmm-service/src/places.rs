@@ -39,6 +39,7 @@ use crate::actor::{ActorOrigin, NewActor};
 use crate::check::{self, FileCheckPurpose, FileCheckTerms};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
+use crate::failure::Failure;
 use crate::mailbox::{ActorHandle, OperationRequest};
 use crate::operation_log::{self, Ending};
 use crate::panics::report_panic;
@@ -50,7 +51,7 @@ const DISCOVERY_RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Refuses to create a VM if the backend only imports VMs.
 pub(crate) fn refuse_import_only(backend: &dyn Backend) -> Result<(), ServiceError> {
     match backend.places() {
-        Places::Imported { why, .. } => Err(ServiceError::unsupported(why)),
+        Places::Imported { why, .. } => Err(Failure::ImportsOnly { why }.into()),
         Places::Made | Places::Fixed { .. } => Ok(()),
     }
 }
@@ -69,18 +70,14 @@ pub(crate) async fn claim<'a>(
 ) -> Result<Option<PlaceClaim<'a>>, ServiceError> {
     let (places, setting) = match backend.places() {
         Places::Made => return Ok(None),
-        Places::Imported { why, .. } => return Err(ServiceError::unsupported(why)),
+        Places::Imported { why, .. } => return Err(Failure::ImportsOnly { why }.into()),
         Places::Fixed { places, setting } => (places, setting),
     };
     let name = &backend.capabilities().name;
     let alone = shared.places.lock().await;
     match places.iter().find(|place| shared.index.at_place(name, place).is_none()) {
         Some(place) => Ok(Some(PlaceClaim { place: place.clone(), _alone: alone })),
-        None => Err(ServiceError::exhausted(format!(
-            "every socket that {name} is attached to has its VM ({}): delete one of them, or name one more socket in \
-             {setting}",
-            places.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-        ))),
+        None => Err(Failure::NoPlaceLeft { backend: name.clone(), places, setting }.into()),
     }
 }
 
@@ -208,7 +205,7 @@ async fn import(
         None => None,
     };
     let Some((vm_id, _creating)) = free_name(shared, &found.names).await else {
-        return Err(ServiceError::precondition(format!("every name for the VM is taken: {:?}", found.names)));
+        return Err(Failure::EveryNameTaken { names: found.names }.into());
     };
     let _no_place_is_given_out = shared.places.lock().await;
     if let Some(handle) = owner(shared, backend, &found) {
@@ -222,7 +219,7 @@ async fn import(
     if let Some(run) = &record.run
         && let Err(taken) = shared.claims.acquire(uid, &record.vm_id, &run.claims)
     {
-        tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
+        tracing::error!(detail = %taken, "a running VM uses a disk or TAP that another VM has claimed");
     }
     let event = event_of_import(&record);
     point(FaultPoint::ImportTaken);

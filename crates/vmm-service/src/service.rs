@@ -23,6 +23,7 @@ use crate::console::{self, ConsoleFiles, ConsoleQuery, ConsoleStream};
 use crate::create::{self, CreateRequest, Created};
 use crate::error::ServiceError;
 use crate::events::{self, Events, EventsPage, EventsQuery, Watch, WatchQuery};
+use crate::failure::Failure;
 use crate::index::VmView;
 use crate::kinds;
 use crate::listing::{self, ListQuery, VmPage};
@@ -201,9 +202,7 @@ impl VmService {
         };
         tokio::spawn(creating.in_current_span());
         // The sender is dropped without an answer only by a panic.
-        let abnormal =
-            |_| ServiceError::internal("the creation of the VM ended abnormally; the log has the panic");
-        answer.await.map_err(abnormal)?
+        answer.await.map_err(|_| Failure::CreationEndedAbnormally)?
     }
 
     /// Runs CreateVm's checks and touches nothing.
@@ -468,9 +467,7 @@ impl VmService {
         answer.unwrap_or_else(|| match self.get(vm_id) {
             Err(not_found) => Err(not_found),
             Ok(view) if view.record.uid != uid => Err(ServiceError::not_found(vm_id)),
-            Ok(_) => Err(ServiceError::internal(format!(
-                "the operation on VM \"{vm_id}\" ended abnormally; restart the daemon, which loses nothing"
-            ))),
+            Ok(_) => Err(Failure::EndedAbnormally { vm_id: vm_id.to_owned() }.into()),
         })
     }
 

@@ -21,6 +21,7 @@ use vmm_core::spec::MacAddr;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
+use crate::failure::UpdateFailure;
 use crate::resolve::resolve;
 use crate::settings::DefaultBoot;
 
@@ -124,11 +125,7 @@ pub(crate) fn check_protection(record: &VmRecord, caller: &Caller) -> Result<(),
     if !record.config.delete_protection || caller.is_system() {
         return Ok(());
     }
-    Err(ServiceError::precondition(format!(
-        "VM \"{}\" is protected against deletion, also with force: clear delete_protection with UpdateVm first \
-         (fields: [\"delete_protection\"])",
-        record.vm_id
-    )))
+    Err(UpdateFailure::Protected { vm_id: record.vm_id.clone() }.into())
 }
 
 /// Gives each disk without an id the id of a stored disk with the same path.

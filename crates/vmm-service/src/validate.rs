@@ -21,6 +21,7 @@ use vmm_core::store::{VmRecord, VmRequest};
 
 use crate::check::{FileCheckPurpose, FileCheckTerms};
 use crate::error::ServiceError;
+use crate::failure::Failure;
 use crate::places;
 use crate::resolve::resolve;
 use crate::shared::Shared;
@@ -158,12 +159,11 @@ async fn check_named_files(
             name_default_boot(&mut facts.report, sent, config);
             report.merge(facts.report);
             if let Some(limit) = facts.limit.filter(|_| report.is_ok()) {
-                let text = format!("the host's files could not be examined: {}", limit.advice());
-                return Err(ServiceError::exhausted(text));
+                return Err(Failure::FilesNotExamined { limit }.into());
             }
             Ok(())
         }
-        Err(silent) if report.is_ok() => Err(ServiceError::unavailable(silent.to_string())),
+        Err(silent) if report.is_ok() => Err(Failure::FilesTimedOut(silent).into()),
         // The client has to correct the request first.
         Err(_) => Ok(()),
     }

@@ -8,6 +8,7 @@ use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
+use crate::failure::Failure;
 use crate::index::{Index, WaitAnswer};
 
 /// Waits until the VM that bears `vm_id` now is in one of `states`, at most for `timeout`. A later
@@ -35,12 +36,6 @@ pub(crate) async fn wait(
     }
     let record = index.record(uid).ok_or_else(unknown)?;
     let wanted: Vec<_> = VmState::ALL.into_iter().filter(|state| states.contains(state)).collect();
-    let wanted: Vec<_> = wanted.iter().map(|state| state.name()).collect();
-    Err(ServiceError::deadline(format!(
-        "VM \"{vm_id}\" is in state {} ({}), and did not come to {} within {:.1} s; wait again, or see the reason with GetVmInfo",
-        record.state.name(),
-        record.status.phase.as_str(),
-        wanted.join(" or "),
-        timeout.as_secs_f32(),
-    )))
+    let (vm_id, state, phase) = (record.vm_id.clone(), record.state, record.status.phase);
+    Err(Failure::WaitTimedOut { vm_id, state, phase, wanted, waited: timeout }.into())
 }

@@ -41,11 +41,21 @@ fn record_causes(error: &ServiceError) {
 
 #[cfg(test)]
 mod tests {
+    use vmm_core::backend::Effect;
+    use vmm_core::store::{StoreError, StoreErrorKind};
+
     use super::*;
 
     #[test]
     fn the_log_has_the_code_of_the_answer() {
-        let text = || "x".to_owned().into();
+        let damaged = StoreError {
+            kind: StoreErrorKind::Corrupt,
+            message: "x".to_owned(),
+            effect: Effect::NotApplied,
+            source: None,
+        };
+        let ServiceError::Internal(account) = ServiceError::from(damaged) else { unreachable!() };
+        let text = || account.clone();
         for error in [
             ServiceError::Invalid(Vec::new()),
             ServiceError::NotFound("x".to_owned()),

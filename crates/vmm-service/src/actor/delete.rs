@@ -15,7 +15,7 @@ use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
 use vmm_core::report::FieldReport;
 use vmm_core::state::{EndedBy, Observation, Phase, VmOperation, observe};
-use vmm_core::store::{Commit, IntentKind, RecordChange, Tombstone, VmRecord};
+use vmm_core::store::{Commit, IntentKind, RecordChange, StoreError, Tombstone, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
 
 use super::Actor;
@@ -23,6 +23,7 @@ use super::budget::{Budget, EffectError};
 use super::hold::Hold;
 use super::record_update::{ChangeReason, RecordUpdate};
 use crate::error::ServiceError;
+use crate::failure::{Failure, Unrecorded};
 use crate::mailbox::{OperationOutcome, OperationRequest};
 use crate::{spares, tombstones};
 
@@ -121,10 +122,10 @@ impl Actor {
         &mut self,
         budget: Budget,
         operation: &OperationRequest,
-        error: ServiceError,
+        error: StoreError,
     ) -> ServiceError {
         if !budget.forced || !self.hold.may_be_a_process() {
-            return error;
+            return error.into();
         }
         self.next.call_off_restart();
         match self.end_what_runs(budget, SweepPurpose::End).await {
@@ -139,16 +140,15 @@ impl Actor {
                 let update =
                     RecordUpdate::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
                 let _ = self.conclude(budget, update).await;
-                error.but("Its VMM was ended all the same; call again when the store can be written to")
+                Failure::NotRecorded { error, consequence: Some(Unrecorded::Ended) }.into()
             }
             Err(EffectError::Backend(left)) => {
-                let error = error.but(&format!("Its VMM could not be ended either: {left}"));
                 // The VMM may still end because of this request, and its end is no failure then.
-                let broken = EffectError::Backend(left);
+                let broken = EffectError::Backend(left.clone());
                 let _ = self.conclude_failure(budget, operation.request, &operation.caller, broken).await;
-                error
+                Failure::NotRecorded { error, consequence: Some(Unrecorded::NotEnded(left)) }.into()
             }
-            Err(EffectError::Preempted(_)) => error,
+            Err(EffectError::Preempted(_)) => error.into(),
         }
     }
 

@@ -78,7 +78,7 @@ impl Actor {
             return;
         };
         if let Err(taken) = self.shared.claims.acquire(self.record.uid, &self.record.vm_id, &run.claims) {
-            tracing::error!(detail = taken, "a running VM uses a disk or TAP that another VM has claimed");
+            tracing::error!(detail = %taken, "a running VM uses a disk or TAP that another VM has claimed");
         }
         let was_lost = self.hold.is_out_of_reach();
         let live = self.live_with(launched, run, vcpus);

@@ -33,7 +33,6 @@ use super::Actor;
 use super::budget::Budget;
 use super::record_update::{ChangeReason, RecordUpdate};
 use crate::clock::now_ms;
-use crate::error::ServiceError;
 use crate::events::CommitReceipt;
 use crate::mailbox::OperationOutcome;
 use crate::operation_log;
@@ -172,7 +171,7 @@ impl Actor {
         kind: IntentKind,
         status: Status,
         caller: &Caller,
-    ) -> Result<(), ServiceError> {
+    ) -> Result<(), StoreError> {
         let request = kind.request();
         let intent = self.new_intent(kind, caller.clone());
         let why = ChangeReason::asked(request, caller);

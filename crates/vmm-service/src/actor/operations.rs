@@ -20,6 +20,7 @@ use super::hold::{Hold, NextStep};
 use super::record_update::{ChangeReason, RecordUpdate};
 use super::start::{ReservedPhase, StartRequest};
 use crate::error::ServiceError;
+use crate::failure::{Failure, verb};
 use crate::mailbox::{OperationOutcome, OperationRequest};
 
 /// The time that a VMM may take for one operation. A shutdown has the guest's time in addition.
@@ -96,7 +97,7 @@ impl Actor {
         };
         let run = self.known_run();
         if !killed && let Err(broken) = self.sweep(budget, SweepPurpose::End, run).await {
-            return Err(self.error_of("shut down", operation.request, &broken));
+            return Err(self.error_of(VmOperation::Shutdown, operation.request, &broken));
         }
         self.drop_hold_and_claims();
         let status = self
@@ -106,23 +107,23 @@ impl Actor {
         Ok(self.conclude(budget, RecordUpdate::new(EventKind::StateChanged, why, status)).await?)
     }
 
-    /// Returns the client's error for an effect that failed. `what` is the verb of the message.
-    pub(super) fn error_of(&self, what: &str, request: VmOperation, broken: &EffectError) -> ServiceError {
+    /// Returns the client's error for a step of an operation that failed.
+    pub(super) fn error_of(
+        &self,
+        step: VmOperation,
+        operation: VmOperation,
+        broken: &EffectError,
+    ) -> ServiceError {
+        let vm_id = self.record.vm_id.clone();
         match broken {
-            EffectError::Backend(error) => ServiceError::from_backend(what, &self.record.vm_id, error),
-            EffectError::Preempted(_) => ServiceError::aborted(format!(
-                "{} of VM \"{}\" was pre-empted by a forced operation",
-                request.name(),
-                self.record.vm_id
-            )),
+            EffectError::Backend(error) => Failure::Backend { step, vm_id, error: error.clone() }.into(),
+            EffectError::Preempted(_) => Failure::Preempted { operation, vm_id }.into(),
         }
     }
 
     fn unreachable(&self) -> ServiceError {
-        ServiceError::unavailable(format!(
-            "VM \"{}\" is unreachable ({}): its VMM may still run it. Try again, or use force to end it",
-            self.record.vm_id, self.record.status.message
-        ))
+        let (vm_id, message) = (self.record.vm_id.clone(), self.record.status.message.clone());
+        Failure::OutOfReach { vm_id, message }.into()
     }
 
     /// Answers an operation whose result holds already. A ShutdownVm also cancels a restart that is
@@ -208,7 +209,7 @@ impl Actor {
         // loses the additional ones.
         if let Err(error) = self.intend(budget, kind, self.status(Phase::Rebooting), caller).await {
             self.claim_for_run_only();
-            return Err(error);
+            return Err(error.into());
         }
         let ladder = LadderOptions { guest_timeout };
         let limit = EFFECT_LIMIT + guest_timeout.unwrap_or_default();
@@ -244,11 +245,10 @@ impl Actor {
         };
         restarted.map_err(|error| match error {
             ServiceError::Aborted(_) => error,
-            other => ServiceError::precondition(format!(
-                "VM \"{}\" was shut down but could not be booted again, and is {} now: {other}",
-                self.record.vm_id,
-                self.record.state.name()
-            )),
+            other => {
+                let (vm_id, state) = (self.record.vm_id.clone(), self.record.state);
+                Failure::NotBootedAgain { vm_id, state, why: Box::new(other) }.into()
+            }
         })?;
         Ok(self.outcome(Some(ended_by)))
     }
@@ -257,9 +257,10 @@ impl Actor {
     async fn reserve_next_run(&mut self, budget: Budget) -> Result<ReservedPhase, ServiceError> {
         let reserved = self.reserve(budget).await?;
         let (uid, vm_id) = (self.record.uid, &self.record.vm_id);
-        self.shared.claims.acquire(uid, vm_id, &reserved.claims).map_err(|taken| {
-            ServiceError::precondition(format!("VM \"{vm_id}\" cannot be rebooted: {taken}"))
-        })?;
+        self.shared
+            .claims
+            .acquire(uid, vm_id, &reserved.claims)
+            .map_err(|why| Failure::CannotReboot { vm_id: vm_id.clone(), why })?;
         Ok(reserved)
     }
 
@@ -351,23 +352,15 @@ impl Actor {
         caller: &Caller,
         broken: EffectError,
     ) -> ServiceError {
-        let what = match request {
-            VmOperation::Boot => "boot",
-            VmOperation::Shutdown => "shut down",
-            VmOperation::Pause => "pause",
-            VmOperation::Resume => "resume",
-            VmOperation::Reboot => "reboot",
-            VmOperation::Update => "update",
-            VmOperation::Delete | VmOperation::ForceDelete => "delete",
-        };
+        let what = verb(request);
         let why = ChangeReason::asked(request, caller);
         let error = match broken {
             EffectError::Preempted(forced) => {
-                let error = self.error_of(what, request, &broken);
+                let error = self.error_of(request, request, &broken);
                 let message = format!("{} was pre-empted by a forced operation", request.name());
                 let status = self.status(Phase::at_rest(self.record.state)).because(Reason::Aborted, message);
-                let _ =
-                    self.conclude(forced, RecordUpdate::new(EventKind::OperationFailed, why, status)).await;
+                let update = RecordUpdate::new(EventKind::OperationFailed, why, status);
+                let _ = self.conclude(forced, update).await;
                 return error;
             }
             EffectError::Backend(error) => error,
@@ -376,12 +369,9 @@ impl Actor {
         // reason may still be in the channel.
         if error.kind == BackendErrorKind::Gone {
             self.wait_for_last_event(budget, request, caller).await;
-            return ServiceError::precondition(format!(
-                "could not {what} VM \"{}\": it ended meanwhile and is {} now ({})",
-                self.record.vm_id,
-                self.record.state.name(),
-                self.record.status.reason
-            ));
+            let (vm_id, state) = (self.record.vm_id.clone(), self.record.state);
+            let reason = self.record.status.reason.clone();
+            return Failure::EndedMeanwhile { step: request, vm_id, state, reason }.into();
         }
         // In every other case the VMM may live, and only the VMM itself knows whether the effect
         // was applied.
@@ -404,7 +394,8 @@ impl Actor {
         }
         let _ =
             self.conclude(budget, update.intending(self.still_ending(request, caller, error.effect))).await;
-        ServiceError::from_backend(what, &self.record.vm_id, &error)
+        let vm_id = self.record.vm_id.clone();
+        Failure::Backend { step: request, vm_id, error }.into()
     }
 
     /// Returns the intent that stays on record after a request to end the VM which was answered

@@ -35,6 +35,7 @@ use super::hold::Hold;
 use super::record_update::{ChangeReason, RecordUpdate};
 use super::{Actor, Flow};
 use crate::error::ServiceError;
+use crate::failure::Failure;
 
 impl Actor {
     /// Shows the last proven state of the VM and the reason why the VM cannot be used. Writes
@@ -59,10 +60,7 @@ impl Actor {
 
     /// Returns the refusal of an operation without force, for a VM that cannot be taken up.
     pub(super) fn quarantined(&self, why: &str) -> ServiceError {
-        ServiceError::unavailable(format!(
-            "VM \"{}\" cannot be used by this program: {why}. Run the release that made the VM, or end and delete the VM with force",
-            self.record.vm_id
-        ))
+        Failure::Quarantined { vm_id: self.record.vm_id.clone(), why: why.to_owned() }.into()
     }
 }
 

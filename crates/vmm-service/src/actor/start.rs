@@ -43,6 +43,7 @@ use super::restart::LastEnd;
 use crate::check::{self, FILE_CHECK_TIMEOUT, FileCheckPurpose, FileCheckTerms, FileFindings, FilesTimedOut};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
+use crate::failure::{BootObstacle, Failure};
 use crate::mailbox::OperationOutcome;
 use crate::spares;
 
@@ -202,7 +203,7 @@ impl Actor {
                 self.shared.claims.release(self.record.uid);
                 Ok(())
             }
-            Err(broken) => Err(self.error_of("boot", VmOperation::Boot, &broken)),
+            Err(broken) => Err(self.error_of(VmOperation::Boot, VmOperation::Boot, &broken)),
         }
     }
 
@@ -214,8 +215,7 @@ impl Actor {
         if report.is_ok() || self.record.imported {
             return Ok(());
         }
-        let problems = ServiceError::Invalid(report.into_violations());
-        Err(ServiceError::precondition(format!("VM \"{}\" cannot boot: {problems}", self.record.vm_id)))
+        Err(self.cannot_boot(BootObstacle::Config(report.into_violations())))
     }
 
     /// Looks at the host's files again, and returns what the VM must claim.
@@ -224,28 +224,19 @@ impl Actor {
     /// answer.
     pub(super) async fn reserve(&mut self, budget: Budget) -> Result<ReservedPhase, ServiceError> {
         self.check_again()?;
-        let room = descriptors::StartDescriptors::reserve().map_err(|full| {
-            ServiceError::exhausted(format!("VM \"{}\" cannot boot: {full}", self.record.vm_id))
-        })?;
+        let room = descriptors::StartDescriptors::reserve()
+            .map_err(|full| self.cannot_boot(BootObstacle::Descriptors(full)))?;
         let mut facts = match self.check_files(budget, self.record.owns_console_output).await {
             Ok(Ok(facts)) => facts,
-            Ok(Err(silent)) => {
-                let text = format!("VM \"{}\" cannot boot: {silent}", self.record.vm_id);
-                return Err(ServiceError::unavailable(text));
-            }
-            Err(broken) => return Err(self.error_of("boot", VmOperation::Boot, &broken)),
+            Ok(Err(silent)) => return Err(self.cannot_boot(BootObstacle::FilesTimedOut(silent))),
+            Err(broken) => return Err(self.error_of(VmOperation::Boot, VmOperation::Boot, &broken)),
         };
         if let Some(limit) = facts.limit {
-            let text = format!("VM \"{}\" cannot boot: {}", self.record.vm_id, limit.advice());
-            return Err(ServiceError::exhausted(text));
+            return Err(self.cannot_boot(BootObstacle::HostLimit(limit)));
         }
         // Only its VMM knows the files of an imported VM. This program may not see them.
         if !facts.report.is_ok() && !self.record.imported {
-            let problems = ServiceError::Invalid(facts.report.into_violations());
-            return Err(ServiceError::precondition(format!(
-                "VM \"{}\" cannot boot as the host is now: {problems}",
-                self.record.vm_id
-            )));
+            return Err(self.cannot_boot(BootObstacle::Files(facts.report.into_violations())));
         }
         facts.claims.extend(self.tap_claims());
         Ok(ReservedPhase { claims: facts.claims, _room: room })
@@ -280,7 +271,11 @@ impl Actor {
         self.shared
             .claims
             .exchange(self.record.uid, vm_id, &reserved.claims)
-            .map_err(|taken| ServiceError::precondition(format!("VM \"{vm_id}\" cannot boot: {taken}")))
+            .map_err(|taken| self.cannot_boot(BootObstacle::Claimed(taken)))
+    }
+
+    fn cannot_boot(&self, why: BootObstacle) -> ServiceError {
+        Failure::CannotBoot { vm_id: self.record.vm_id.clone(), why }.into()
     }
 
     /// Provides the TAPs: the step from Reserved to TapsProvided.
@@ -294,7 +289,7 @@ impl Actor {
         let Err(broken) = self.provide_taps(budget, &mut made).await else {
             return Ok(TapsProvidedPhase { reserved, made });
         };
-        let error = self.error_of("boot", start.request, &broken);
+        let error = self.error_of(VmOperation::Boot, start.request, &broken);
         let wind_up = broken.wind_up(budget);
         self.undo_taps(wind_up, TapsProvidedPhase { reserved, made }).await;
         // A reboot has its intent on record, which this commit ends.
@@ -340,7 +335,7 @@ impl Actor {
             Ok(()) => Ok(IntendedPhase { taps, launching }),
             Err(error) => {
                 drop(launching);
-                Err(StartError::NotBegun(self.call_off(budget, start, taps, error).await))
+                Err(StartError::NotBegun(self.call_off(budget, start, taps, error.into()).await))
             }
         }
     }

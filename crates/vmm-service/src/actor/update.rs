@@ -24,6 +24,7 @@ use super::hold::{Hold, NextStep};
 use super::record_update::{ChangeReason, ConfigEdit, RecordUpdate};
 use crate::check::FILE_CHECK_TIMEOUT;
 use crate::error::ServiceError;
+use crate::failure::UpdateFailure;
 use crate::mailbox::{OperationOutcome, OperationRequest};
 use crate::update::{ConfigUpdate, changed_parts, check_protection};
 use crate::validate::{ConfigRevision, check_revision};
@@ -36,7 +37,7 @@ impl Actor {
         operation: &OperationRequest,
     ) -> Result<OperationOutcome, ServiceError> {
         let Some(update) = operation.update.as_deref() else {
-            return Err(ServiceError::internal("an UpdateVm reached its VM without a change"));
+            return Err(UpdateFailure::NoChange.into());
         };
         self.check_generation(update)?;
         let merged = update.merge(&self.record.config);
@@ -59,11 +60,12 @@ impl Actor {
         if update.is_for(&self.record) {
             return Ok(());
         }
-        Err(ServiceError::aborted(format!(
-            "VM \"{}\" has generation {} and not {}: it has changed since it was read; read it again with GetVmInfo, and \
-             decide anew",
-            self.record.vm_id, self.record.generation, update.if_generation
-        )))
+        Err(UpdateFailure::OtherGeneration {
+            vm_id: self.record.vm_id.clone(),
+            present: self.record.generation,
+            wanted: update.if_generation,
+        }
+        .into())
     }
 
     /// Decides whether `changed` may change now.
@@ -73,22 +75,14 @@ impl Actor {
             let foreign = |part: &ConfigPart| part.is_machine() || *part == ConfigPart::RestartPolicy;
             let foreign: Vec<_> = changed.iter().copied().filter(foreign).collect();
             if !foreign.is_empty() {
-                return Err(ServiceError::precondition(format!(
-                    "another program made VM \"{vm_id}\" ({}), and its {} belong to that program: change them there. \
-                     metadata and delete_protection can be changed here",
-                    self.record.kind,
-                    config_part::names(foreign)
-                )));
+                let (vm_id, kind) = (vm_id.clone(), self.record.kind.clone());
+                return Err(UpdateFailure::Foreign { vm_id, kind, parts: config_part::names(foreign) }.into());
             }
         }
         let machine: Vec<_> = changed.iter().copied().filter(|part| part.is_machine()).collect();
         if self.record.state.is_live() && !machine.is_empty() {
-            return Err(ServiceError::precondition(format!(
-                "VM \"{vm_id}\" is {}, and its {} can only change while it does not run: shut it down with ShutdownVm, update \
-                 it, and boot it again. metadata, restart_policy and delete_protection can be changed now",
-                self.record.state.name(),
-                config_part::names(machine)
-            )));
+            let (vm_id, state) = (vm_id.clone(), self.record.state);
+            return Err(UpdateFailure::Runs { vm_id, state, parts: config_part::names(machine) }.into());
         }
         Ok(())
     }
@@ -111,7 +105,7 @@ impl Actor {
         let checked = self.interruptible(budget, 2 * FILE_CHECK_TIMEOUT, checking).await;
         // The files have answered, and not the VMM, so its last answer is restored.
         self.answered = answered;
-        checked.map_err(|broken| self.error_of("update", VmOperation::Update, &broken))?
+        checked.map_err(|broken| self.error_of(VmOperation::Update, VmOperation::Update, &broken))?
     }
 
     /// Commits the new configuration, and frees the TAPs of removed interfaces.

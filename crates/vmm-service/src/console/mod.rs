@@ -41,6 +41,7 @@ use vmm_core::store::VmRecord;
 use vmm_host::file_watch::FileWatcher;
 
 use crate::error::ServiceError;
+use crate::failure::ConsoleFailure;
 use crate::run_folders::KEPT_CONSOLE;
 
 pub use stream::{ConsoleChunk, ConsoleQuery, ConsoleStream};
@@ -86,22 +87,16 @@ impl ConsoleFile {
 
     /// Returns the file of a VM on record.
     fn of_record(record: &VmRecord, runtime_dir: &Path) -> Result<Self, ServiceError> {
-        let vm_id = &record.vm_id;
+        let vm_id = || record.vm_id.clone();
         if record.imported {
-            return Err(ServiceError::precondition(format!(
-                "the console of VM \"{vm_id}\" is not kept: another program made the VM, and its console is where that \
-                 program has put it"
-            )));
+            return Err(ConsoleFailure::NotKept { vm_id: vm_id() }.into());
         }
-        let spec = VmSpec::parse(&record.config).map_err(|report| {
-            let problems = ServiceError::Invalid(report.into_violations());
-            ServiceError::precondition(format!("the console of VM \"{vm_id}\" is not known: {problems}"))
+        let spec = VmSpec::parse(&record.config).map_err(|report| ConsoleFailure::NotKnown {
+            vm_id: vm_id(),
+            problems: report.into_violations(),
         })?;
-        Self::of(&spec, &record.uid.run_dir(runtime_dir)).ok_or_else(|| {
-            ServiceError::precondition(format!(
-                "VM \"{vm_id}\" has no console, because its config.console.enabled is false"
-            ))
-        })
+        let file = Self::of(&spec, &record.uid.run_dir(runtime_dir));
+        Ok(file.ok_or_else(|| ConsoleFailure::Disabled { vm_id: vm_id() })?)
     }
 }
 
@@ -113,8 +108,7 @@ impl ConsoleFiles {
         work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
     ) -> Result<T, ServiceError> {
         let unavailable = |why: &dyn std::fmt::Display| {
-            let path = file.path.display();
-            ServiceError::unavailable(format!("the console's file {path} cannot be read: {why}; try again"))
+            ServiceError::from(ConsoleFailure::Unreadable { path: file.path.clone(), why: why.to_string() })
         };
         let reading = async {
             // The thread owns the permit, so that a read that hangs keeps it.

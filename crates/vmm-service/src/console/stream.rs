@@ -23,6 +23,7 @@ use vmm_host::tail::{self, Tail, TailLimits, TailUse};
 
 use super::ConsoleFile;
 use crate::error::ServiceError;
+use crate::failure::ConsoleFailure;
 use crate::index::Waiter;
 use crate::shared::Shared;
 
@@ -236,10 +237,7 @@ impl ConsoleQuery {
 }
 
 fn past_the_end(offset: u64, end: u64) -> ServiceError {
-    ServiceError::out_of_range(format!(
-        "offset: {offset} is past the end of the console's output, {end}; the output begins anew after a reboot of the host: \
-         begin without an offset"
-    ))
+    ConsoleFailure::PastTheEnd { offset, end }.into()
 }
 
 /// Reads the next piece before `end`. Returns `None` at the end. Blocks.

@@ -9,6 +9,7 @@ use vmm_core::store::VmRecord;
 
 use super::ConsoleFile;
 use crate::error::ServiceError;
+use crate::failure::{ConsoleFailure, Failure};
 use crate::shared::Shared;
 
 /// The most bytes of one call.
@@ -28,46 +29,36 @@ pub(crate) async fn write(shared: &Shared, vm_id: &str, data: &[u8]) -> Result<(
         ConsoleFile::of_record(&record, &shared.settings.runtime_dir)?;
     }
     if !record.state.is_live() {
-        return Err(ServiceError::not_legal("WriteConsole", &record));
+        let (vm_id, state) = (record.vm_id.clone(), record.state);
+        return Err(Failure::NotLegal { method: "WriteConsole", vm_id, state }.into());
     }
-    let unreachable = || {
-        ServiceError::unavailable(format!(
-            "VM \"{}\" is unreachable ({}): its VMM may still run it. Try again, or use force to end it",
-            record.vm_id, record.status.message
-        ))
-    };
+    let unreachable =
+        || Failure::OutOfReach { vm_id: record.vm_id.clone(), message: record.status.message.clone() };
     if record.status.phase == Phase::Unreachable {
-        return Err(unreachable());
+        return Err(unreachable().into());
     }
     let vmm = shared.index.held_vmm(record.uid).ok_or_else(unreachable)?;
     let input = vmm.console_input().ok_or_else(|| no_input(&record))?;
-    input.write_console(data, WRITE_TIMEOUT).await.map_err(|error| failed(&record, data.len(), &error))
+    let written = input.write_console(data, WRITE_TIMEOUT).await;
+    written.map_err(|error| failed(&record, data.len(), error).into())
 }
 
-/// Returns the error for a VMM whose console takes no input.
-fn no_input(record: &VmRecord) -> ServiceError {
+/// Returns the failure for a VMM whose console takes no input.
+fn no_input(record: &VmRecord) -> ConsoleFailure {
     let why = match &record.kind {
         VmKind::Managed => "its VMM offers no way to write to it",
         _ => "another program started its VMM and has the VMM's input",
     };
-    ServiceError::unsupported(format!("the console of VM \"{}\" takes no input: {why}", record.vm_id))
+    ConsoleFailure::NoInput { vm_id: record.vm_id.clone(), why }
 }
 
-fn failed(record: &VmRecord, bytes: usize, error: &ConsoleInputError) -> ServiceError {
-    let (vm_id, taken) = (&record.vm_id, error.taken);
-    match &error.cause {
-        ConsoleInputFailure::Unread => ServiceError::deadline(format!(
-            "the guest of VM \"{vm_id}\" does not read its console: {taken} of {bytes} bytes were taken within {} s; send \
-             the rest when the guest reads",
-            WRITE_TIMEOUT.as_secs()
-        )),
+fn failed(record: &VmRecord, bytes: usize, error: ConsoleInputError) -> ConsoleFailure {
+    let (vm_id, taken) = (record.vm_id.clone(), error.taken);
+    match error.cause {
+        ConsoleInputFailure::Unread => ConsoleFailure::Unread { vm_id, taken, bytes, waited: WRITE_TIMEOUT },
         ConsoleInputFailure::Failed(cause) if cause.kind == BackendErrorKind::Gone => {
-            ServiceError::unavailable(format!(
-                "the VMM of VM \"{vm_id}\" has ended, or is being replaced: {taken} of {bytes} bytes were taken; try again"
-            ))
+            ConsoleFailure::VmmGone { vm_id, taken, bytes }
         }
-        ConsoleInputFailure::Failed(cause) => {
-            ServiceError::from_backend("write to the console of", vm_id, cause)
-        }
+        ConsoleInputFailure::Failed(error) => ConsoleFailure::NotWritten { vm_id, error },
     }
 }

@@ -32,9 +32,10 @@ use std::time::Duration;
 
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::{InstanceId, VmId};
-use vmm_core::store::{Commit, EventQuery, Store, StoreError, StoreErrorKind};
+use vmm_core::store::{Commit, EventQuery, Store, StoreError};
 
 use crate::error::ServiceError;
+use crate::failure::Failure;
 use commit_tracker::{CommitTracker, OpenCommit};
 use recent::RecentEvents;
 use token::{Token, TokenKind};
@@ -174,9 +175,7 @@ impl Events {
     /// Waits until the log is settled up to `position`, with which a commit has been answered.
     async fn settled_up_to(&self, position: EventSeq) -> Result<(), ServiceError> {
         let settled = self.settled.subscribe().wait_for(|settled| *settled >= position).await.map(drop);
-        settled.map_err(|_| {
-            ServiceError::unavailable("the daemon is stopping: watch again when it is back".to_owned())
-        })
+        settled.map_err(|_| Failure::Stopping { synced: false }.into())
     }
 
     /// Returns an event for the beginning of a watch. It has no token, because a client that
@@ -195,11 +194,7 @@ impl Events {
     }
 
     fn too_old(&self) -> ServiceError {
-        ServiceError::out_of_range(format!(
-            "events since that token are no longer kept (they are for {} s): begin again without a resume_token, which first \
-             sends the present state of every VM; UNKEY_VMCP_EVENT_RETENTION sets how long events are kept",
-            self.retention.as_secs()
-        ))
+        Failure::EventsExpired { retention: self.retention }.into()
     }
 }
 
@@ -214,14 +209,7 @@ fn parse_vm_id(text: &str) -> Result<Option<VmId>, ServiceError> {
 }
 
 fn unreadable(error: StoreError) -> ServiceError {
-    let text = format!("the events could not be read: {error}");
-    match error.kind {
-        StoreErrorKind::Full | StoreErrorKind::Io | StoreErrorKind::Closed => ServiceError::unavailable(text),
-        StoreErrorKind::NameTaken
-        | StoreErrorKind::Conflict
-        | StoreErrorKind::Corrupt
-        | StoreErrorKind::Newer => ServiceError::internal(text),
-    }
+    Failure::EventsNotRead(error).into()
 }
 
 #[cfg(test)]

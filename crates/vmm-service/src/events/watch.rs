@@ -22,6 +22,7 @@ use super::token::{self, Token, TokenKind};
 use super::{Events, RECENT, RecordedEvent, parse_vm_id};
 use crate::clock::now_ms;
 use crate::error::ServiceError;
+use crate::failure::{Failure, LogMismatch};
 use crate::index::Index;
 
 /// The pause after the first page of a beginning. The server sends nothing while more notices are
@@ -167,19 +168,14 @@ impl Watch {
             // The watch is at the end of the log. The channel closes when the daemon stops.
             if self.cursor >= settled {
                 self.caught_up = true;
-                self.settled.changed().await.map_err(|_| {
-                    ServiceError::unavailable("the daemon is stopping: resume with the last token".to_owned())
-                })?;
+                self.settled.changed().await.map_err(|_| Failure::Stopping { synced: true })?;
                 continue;
             }
             // A watch that has not caught up may read at any pace, because its token may be old. A
             // watch that has caught up is limited to the events in memory, because each watch
             // behind them would read the store by itself.
             if self.caught_up && settled.0 - self.cursor.0 > u64::from(RECENT) {
-                return Err(ServiceError::exhausted(format!(
-                    "this watch fell more than {RECENT} events behind and was cut off: read faster or filter more, and resume \
-                     with the token of the last event received, which loses nothing"
-                )));
+                return Err(Failure::WatchTooSlow { limit: RECENT }.into());
             }
             for event in self.events.read(self.cursor, settled).await? {
                 self.cursor = event.seq;
@@ -211,26 +207,22 @@ impl Events {
             return Err(malformed("is a page_token of ListVmEvents"));
         }
         if instance != self.instance {
-            return Err(self.unknown_log("is of another daemon, or of another state directory"));
+            return Err(unknown_log(LogMismatch::OtherInstance));
         }
         let answered = self.settled.answered();
         match self.event_at(seq).await? {
             Some(event) if check != 0 && check != token::check_of(&event) => {
-                Err(self.unknown_log("is of a log that is no longer in place, as after a restored backup"))
+                Err(unknown_log(LogMismatch::OtherEvent))
             }
             Some(_) => Ok(seq),
-            None if seq > answered => {
-                Err(self.unknown_log("is ahead of the log, as after a restored backup"))
-            }
+            None if seq > answered => Err(unknown_log(LogMismatch::Ahead)),
             // The event of the token has expired, so the next one must still exist.
             None if seq < answered => self.read_store(seq, answered).await.map(|_| seq),
             None => Ok(seq),
         }
     }
+}
 
-    fn unknown_log(&self, why: &str) -> ServiceError {
-        ServiceError::out_of_range(format!(
-            "resume_token: {why}, so the events since then cannot be found: begin again without a resume_token, which first sends the present state of every VM"
-        ))
-    }
+fn unknown_log(why: LogMismatch) -> ServiceError {
+    Failure::UnknownLog { why }.into()
 }

@@ -58,7 +58,7 @@ pub(super) async fn console_input(vms: DaemonLife) -> CaseVerdict {
     match vms.service.write_console(VM, b"one;").await {
         Ok(()) => {}
         Err(ServiceError::Unsupported(why)) => {
-            assert!(why.text().contains("takes no input"), "{why}");
+            assert!(why.to_string().contains("takes no input"), "{why}");
             return CaseVerdict::Rejected(
                 "WriteConsole is UNIMPLEMENTED: another program started the VMM and has its input".to_owned(),
             );

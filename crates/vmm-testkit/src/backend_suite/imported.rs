@@ -51,7 +51,7 @@ async fn refused(vms: DaemonLife) -> CaseVerdict {
     assert!(judged.violations.iter().any(|found| found.field == "backend"), "{judged:?}");
     match vms.try_create(VM, config).await {
         Err(ServiceError::Unsupported(why)) => {
-            assert!(why.text().contains("imported"), "{why}");
+            assert!(why.to_string().contains("imported"), "{why}");
             CaseVerdict::Rejected(
                 "CreateVm is UNIMPLEMENTED: a running QEMU is imported, not created".to_owned(),
             )

@@ -253,9 +253,9 @@ impl DaemonLife {
             // just starting: the next round asks again. (3) Any other answer is the result of the
             // boot.
             match self.boot(vm_id).await {
-                Err(ServiceError::Unavailable(why)) if why.text().contains("start one there") => {
+                Err(ServiceError::Unavailable(why)) if why.to_string().contains("start one there") => {
                     let place = self.record(vm_id).kind.socket().expect("it has a socket").to_owned();
-                    assert!(why.text().contains(&place), "it names the socket: {why}");
+                    assert!(why.to_string().contains(&place), "it names the socket: {why}");
                     self.rig.another.store(true, Ordering::Relaxed);
                     self.column().another(Path::new(&place));
                 }

@@ -129,7 +129,7 @@ fn reboot_is_refused(answer: Result<OperationOutcome, ServiceError>) -> CaseVerd
     let Err(ServiceError::Unavailable(why)) = answer else {
         panic!("a reboot takes another VMM: {answer:?}")
     };
-    assert!(why.text().contains("start another VMM there"), "it says what to do: {why}");
+    assert!(why.to_string().contains("start another VMM there"), "it says what to do: {why}");
     CaseVerdict::Rejected("RebootVm is UNAVAILABLE, naming the socket to start another VMM on".to_owned())
 }
 

@@ -106,7 +106,7 @@ impl Actor {
         let IntendedPhase { taps, launching } = intended;
         // Nothing more starts after this line. The sweep finds a process that exists already.
         drop(launching);
-        let error = self.error_of("boot", start.request, &broken);
+        let error = self.error_of(VmOperation::Boot, start.request, &broken);
         let wind_up = broken.wind_up(budget);
         let preempted = matches!(broken, EffectError::Preempted(_));
         let never_launched = broken.backend().is_some_and(|error| launched_nothing(&error));
