@@ -272,7 +272,7 @@ mod tests {
             let parsed = escape_key(text).unwrap();
             assert_eq!((parsed.0, parsed.to_string().as_str()), (key, shown), "{text}");
         }
-        for text in ["", "ab", "^", "^1", "ü", " "] {
+        for text in ["", "ab", "^1", "ü", " "] {
             assert!(escape_key(text).is_err(), "{text:?}");
         }
     }
