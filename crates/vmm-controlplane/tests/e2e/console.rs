@@ -128,6 +128,8 @@ fn a_console_is_followed_and_takes_input_across_every_end() {
         let mut boots = 1;
         let type_and_see = |world: &World, console: &mut Console, word: &str, boots: usize| {
             console.until(&banner, boots);
+            // A guest in a new process can print before the daemon has recorded its start.
+            world.wait_for_state("vm", "VM_STATE_RUNNING");
             world.type_at_console("vm", word.as_bytes());
             console.until(word, 1);
         };
@@ -138,13 +140,13 @@ fn a_console_is_followed_and_takes_input_across_every_end() {
         type_and_see(&world, &mut first, "two;", boots);
         // The daemon is killed. Another client goes on where the first one was.
         let (last, bytes) = first.pieces.last().unwrap();
-        let place = last + bytes.len() as u64;
+        let position = last + bytes.len() as u64;
         world.stop(Signal::KILL);
         world.start();
-        let mut second = Console::stream(&world, "vm", &json!({"offset": place, "follow": true}));
+        let mut second = Console::stream(&world, "vm", &json!({"offset": position, "follow": true}));
         world.type_at_console("vm", b"three;");
         second.until("three;", 1);
-        assert!(second.pieces[0].0 >= place, "{backend}: {}", second.pieces[0].0);
+        assert!(second.pieces[0].0 >= position, "{backend}: {}", second.pieces[0].0);
         let seen = second.text().matches(&banner).count();
         // A reboot by the client, a shutdown and a boot. The stream stays.
         world.call("RebootVm", &json!({"vm_id": "vm", "force": true})).ok();
