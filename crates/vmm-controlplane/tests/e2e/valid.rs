@@ -264,15 +264,18 @@ fn a_valid_configuration_boots_and_a_refused_one_cannot_be_created() {
         let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap().display().to_string();
         let dir = Path::new(world.dir.path()).to_owned();
         let mut generator = Generator { rng: Rng::with_seed(seed), dir, kernel, made: 0 };
-        let mut valid = 0;
-        for _ in 0..count {
+        let (mut drawn, mut valid) = (0, 0);
+        // About a sixth of the configurations for Firecracker is valid, so that few draws can have
+        // none. More are drawn until enough were booted.
+        while drawn < count || valid * 5 < count {
+            assert!(drawn < 20 * count, "{backend}: hardly a configuration is valid (seed {seed})");
             let config = generator.config(backend);
             let reported = OnFailure(backend, seed, &config);
             valid += usize::from(try_out(&world, backend, &config));
+            drawn += 1;
             drop(reported);
         }
-        println!("{backend}: {valid} of {count} configurations are valid (seed {seed})");
-        assert!(valid * 10 >= count, "{backend}: hardly a configuration is valid (seed {seed})");
+        println!("{backend}: {valid} of {drawn} configurations are valid (seed {seed})");
         world.assert_nothing_left();
     }
 }
