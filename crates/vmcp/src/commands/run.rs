@@ -39,11 +39,14 @@ pub(super) async fn run(session: &mut Session, arguments: &Run) -> Result<(), Fa
         // The first failure explains the other.
         return outcome.and(removed);
     }
-    if outcome.is_err() {
-        let shown = escape::line(&vm_id);
-        remark(&format!(
+    let shown = escape::line(&vm_id);
+    match &outcome {
+        Ok(()) => {}
+        // A signal ended this program alone.
+        Err(Failure::Reported(_)) => remark(&runs_on(&shown)),
+        Err(_) => remark(&format!(
             "vmcp: {shown} stays on record; `vmcp get {shown}` shows it, `vmcp delete {shown}` removes it"
-        ));
+        )),
     }
     outcome
 }
@@ -68,13 +71,16 @@ async fn boot_and_attach(
     match attach(session, vm_id, view, signals, end).await? {
         Left::BySignal(code) => return Err(Failure::Reported(code)),
         Left::ByKey if !arguments.rm => {
-            let shown = escape::line(vm_id);
-            remark(&format!("vmcp: {shown} runs on; `vmcp console {shown}` shows its console again"));
+            remark(&runs_on(&escape::line(vm_id)));
         }
         Left::ByKey => {}
         Left::AtEnd => tell_end(session, vm_id).await?,
     }
     Ok(())
+}
+
+fn runs_on(shown: &str) -> String {
+    format!("vmcp: {shown} runs on; `vmcp console {shown}` shows its console again")
 }
 
 /// Waits until the guest has ended and is not started again, or until the VM is deleted.

@@ -17,6 +17,7 @@ trials![
     a_run_with_rm_that_is_left_by_key_deletes_the_vm,
     a_run_that_cannot_be_created_leaves_nothing,
     a_run_that_cannot_boot_says_what_stays,
+    a_signal_ends_a_run_and_leaves_the_guest_running,
     a_signal_ends_a_run_with_rm_and_deletes_the_vm,
     a_run_takes_keys_on_each_hypervisor,
     a_run_leads_to_a_shell_in_the_linux_guest,
@@ -104,6 +105,19 @@ fn a_run_that_cannot_boot_says_what_stays() {
     let ran = world.run(&borrowed(&run(&world, TinyGuest::Idle, &["--rm"])));
     assert_ne!(ran.code, 0, "{ran:?}");
     assert_eq!(names(&world), "");
+}
+
+fn a_signal_ends_a_run_and_leaves_the_guest_running() {
+    if !has_qemu("run::a_signal_ends_a_run_and_leaves_the_guest_running") {
+        return;
+    }
+    let world = World::started(&[]);
+    let mut running = Running::start(world.command(&borrowed(&run(&world, TinyGuest::Echo, &[]))));
+    Running::until(&running.stdout, "kind=echo");
+    running.signal(Signal::TERM);
+    Running::until(&running.stderr, "vmcp: vm runs on; `vmcp console vm` shows its console again");
+    assert_eq!(running.code(), 143);
+    assert_eq!(world.run(&["list", "--state", "running", "-o", "name"]).ok(), "vm\n");
 }
 
 fn a_signal_ends_a_run_with_rm_and_deletes_the_vm() {
