@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use connectrpc::client::CallOptions;
-use connectrpc::{ConnectError, ErrorCode};
+use connectrpc::ErrorCode;
 use vmm_proto::v1 as pb;
 
 use super::Session;
@@ -11,6 +10,7 @@ use super::console::{ConsoleView, Left, attach};
 use super::create::{record, warn};
 use super::signals::EndSignals;
 use crate::cli::Run;
+use crate::connect::wait::{self, TURN_INTERVAL};
 use crate::connect::{Client, long_call};
 use crate::failure::Failure;
 use crate::output::progress::Progress;
@@ -18,11 +18,6 @@ use crate::output::{escape, remark, words};
 
 /// The phase of a VM that the daemon is about to start again.
 const RESTARTING: &str = "restarting";
-/// The time that one call waits for the end of a guest. A server that vanishes without a word is
-/// noticed after that time.
-const TURN_INTERVAL: Duration = Duration::from_secs(30);
-/// The time that the answer may take beyond the turn.
-const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// The pause before the state of a VM is asked for again, while a restart or the server is awaited.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -86,7 +81,7 @@ fn runs_on(shown: &str) -> String {
 /// Waits until the guest has ended and is not started again, or until the VM is deleted.
 async fn guest_end(client: Client, vm_id: String) {
     loop {
-        match shutdown(&client, &vm_id).await {
+        match wait::turn(&client, &vm_id, &[pb::VmState::Shutdown], TURN_INTERVAL).await {
             Ok(answer) if answer.status.phase != RESTARTING => return,
             Err(error) if error.code == ErrorCode::NotFound => return,
             // The guest runs on, and the call's own time is over.
@@ -95,17 +90,6 @@ async fn guest_end(client: Client, vm_id: String) {
             Ok(_) | Err(_) => tokio::time::sleep(LOOK_INTERVAL).await,
         }
     }
-}
-
-async fn shutdown(client: &Client, vm_id: &str) -> Result<pb::WaitVmResponse, ConnectError> {
-    let request = pb::WaitVmRequest {
-        vm_id: vm_id.to_owned(),
-        states: vec![pb::VmState::Shutdown.into()],
-        timeout_seconds: i32::try_from(TURN_INTERVAL.as_secs()).unwrap_or(i32::MAX),
-        ..Default::default()
-    };
-    let options = CallOptions::default().with_timeout(TURN_INTERVAL + ANSWER_LIMIT);
-    Ok(client.wait_vm_with_options(request, options).await?.into_owned())
 }
 
 /// Says how the guest ended.
@@ -121,9 +105,7 @@ async fn tell_end(session: &Session, vm_id: &str) -> Result<(), Failure> {
         Err(error) if error.code == ErrorCode::NotFound => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    let status = words::status(&info.state, &info.status);
-    let status = if status.is_empty() { status } else { format!(" ({})", escape::line(&status)) };
-    remark(&format!("vmcp: {}: {}{status}", escape::line(vm_id), words::state(&info.state)));
+    remark(&format!("vmcp: {}", words::vm(vm_id, &info.state, &info.status)));
     if info.status.phase == "failed" {
         return Err(Failure::Local(info.status.message.clone()));
     }

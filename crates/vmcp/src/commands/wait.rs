@@ -2,22 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use connectrpc::client::CallOptions;
 use connectrpc::{ConnectError, ErrorCode};
 use vmm_proto::v1 as pb;
 
 use super::Session;
 use crate::cli::Wait;
 use crate::connect::retry::{Retry, is_passing};
+use crate::connect::wait::{self, TURN_INTERVAL};
 use crate::connect::{Client, names};
 use crate::failure::Failure;
 use crate::output::progress::Progress;
-use crate::output::{escape, words};
-
-/// The time that one call waits. A server that has vanished is noticed after that time.
-const TURN_INTERVAL: Duration = Duration::from_secs(30);
-/// The time that the answer may take beyond the turn.
-const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+use crate::output::words;
 
 pub(super) async fn run(session: &mut Session, arguments: &Wait) -> Result<(), Failure> {
     let deadline = arguments.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
@@ -28,11 +23,9 @@ pub(super) async fn run(session: &mut Session, arguments: &Wait) -> Result<(), F
     let outcome = progress.during(waiter.wait(&progress)).await;
     drop(progress);
     let answer = outcome??;
-    session.output.answer(&answer, &[&answer.vm_id], |_| {
-        let status = words::status(&answer.state, &answer.status);
-        let status = if status.is_empty() { status } else { format!(" ({})", escape::line(&status)) };
-        format!("{}: {}{status}", escape::line(&answer.vm_id), words::state(&answer.state))
-    })
+    session
+        .output
+        .answer(&answer, &[&answer.vm_id], |_| words::vm(&answer.vm_id, &answer.state, &answer.status))
 }
 
 /// A wait for one VM, which a later VM of the same name does not end.
@@ -79,15 +72,7 @@ impl Waiter<'_> {
             return Err(ConnectError::not_found(message));
         }
         let turn = self.left().map_or(TURN_INTERVAL, |left| left.min(TURN_INTERVAL));
-        let whole_seconds = i32::try_from(turn.as_millis().div_ceil(1000)).unwrap_or(1).max(1);
-        let request = pb::WaitVmRequest {
-            vm_id: self.vm_id.clone(),
-            states: self.arguments.states.iter().map(|state| (*state).into()).collect(),
-            timeout_seconds: whole_seconds,
-            ..Default::default()
-        };
-        let options = CallOptions::default().with_timeout(turn + ANSWER_LIMIT);
-        Ok(self.session.client.wait_vm_with_options(request, options).await?.into_owned())
+        wait::turn(&self.session.client, &self.vm_id, &self.arguments.states, turn).await
     }
 
     /// Returns the time until the deadline, or `None` without a deadline.

@@ -10,21 +10,16 @@
 //! An event before "synced" has no token. A stream that breaks there begins anew, because the
 //! client does not know of every VM yet.
 
-use std::time::Duration;
-
 use connectrpc::{ConnectError, ErrorCode};
 use vmm_proto::v1 as pb;
 
 use super::events::present_or_deleted;
 use super::{Session, event};
 use crate::cli::Watch;
-use crate::connect::long_call;
 use crate::connect::retry::{Retry, is_passing};
+use crate::connect::{SILENCE_LIMIT, long_call};
 use crate::failure::Failure;
 use crate::output::{Format, escape, remark};
-
-/// The longest silence of a live stream: the server sends a sign of life every 30 s.
-const SILENCE_LIMIT: Duration = Duration::from_secs(75);
 
 /// A watch that continues from its last event after a loss of the server.
 struct Watcher {

@@ -5,10 +5,12 @@
 //! - [`names`]: the VM that a name or a prefix means.
 //! - [`raw`]: a call with JSON as it is typed, and the pages beside the API.
 //! - [`retry`]: the pauses before a connection is tried again.
+//! - [`wait`]: one call of WaitVm.
 
 pub(crate) mod names;
 pub(crate) mod raw;
 pub(crate) mod retry;
+pub(crate) mod wait;
 
 use std::error::Error;
 use std::time::Duration;
@@ -24,6 +26,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The longest time for an answer that comes from the daemon's memory.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// The longest silence of a stream that lives: the server sends a sign of life every 30 s.
+pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(75);
 /// The longest time for an operation and for a stream: the daemon takes no later deadline.
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(3600);
 

@@ -3,6 +3,8 @@
 use buffa::EnumValue;
 use vmm_proto::v1 as pb;
 
+use super::escape;
+
 /// Returns a state as people type it: `running`.
 pub(crate) fn state(state: &EnumValue<pb::VmState>) -> String {
     match state.as_known() {
@@ -42,6 +44,13 @@ pub(crate) fn status(state: &EnumValue<pb::VmState>, status: &pb::VmStatus) -> S
     };
     let parts = [phase, status.reason.as_str()];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(": ")
+}
+
+/// Returns a VM with its state and status on one line, as `web-1: shutdown (guest-power-off)`.
+pub(crate) fn vm(vm_id: &str, state: &EnumValue<pb::VmState>, status: &pb::VmStatus) -> String {
+    let beyond = self::status(state, status);
+    let beyond = if beyond.is_empty() { beyond } else { format!(" ({})", escape::line(&beyond)) };
+    format!("{}: {}{beyond}", escape::line(vm_id), self::state(state))
 }
 
 /// Returns pairs as people type them: `team=web,tier=1`.

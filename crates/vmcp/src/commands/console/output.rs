@@ -1,7 +1,6 @@
 //! The output of a guest, across losses of the server.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use connectrpc::{ConnectError, ErrorCode};
 use tokio::sync::{Notify, mpsc};
@@ -10,11 +9,9 @@ use vmm_proto::v1 as pb;
 use super::ConsoleView;
 use crate::config::Server;
 use crate::connect::retry::{Retry, is_passing};
-use crate::connect::{Client, long_call};
+use crate::connect::{Client, SILENCE_LIMIT, long_call};
 use crate::failure::Failure;
 
-/// The longest silence of a stream that lives: the server sends a sign of life every 30 s.
-const SILENCE_LIMIT: Duration = Duration::from_secs(75);
 /// The messages that may wait for the screen. Behind them the stream is not read, and the server
 /// waits.
 const MESSAGES_WAITING: usize = 4;
