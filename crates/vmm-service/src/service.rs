@@ -15,7 +15,7 @@ use vmm_core::state::{VmOperation, VmState};
 use vmm_core::store::{Snapshot, Store, VmRecord, VmRequest};
 use vmm_host::net::tap::{HostTaps, Taps};
 
-use crate::actor::{self, ActorOrigin, KnownTaps, NewActor};
+use crate::actor::{self, ActorOrigin, KnownTaps, NewActor, RecoveryOccasion};
 use crate::backends::{BackendStatus, Backends};
 use crate::check::FileChecks;
 use crate::claims::Claims;
@@ -508,7 +508,7 @@ fn restore_vm(
                 record: Arc::new(record),
                 backend,
                 committed: EventSeq::default(),
-                origin: ActorOrigin::Recovered { in_use },
+                origin: ActorOrigin::Recovered { in_use, occasion: RecoveryOccasion::DaemonStart },
             });
         }
         (Err(report), Ok(backend)) => {

@@ -136,8 +136,9 @@ struct Story {
     open: Option<String>,
     /// A new daemon has said that it goes on with it.
     taken_up: bool,
-    /// The shutdown or reboot that a new daemon keeps on record, because the VMM does not answer.
-    /// It comes about when the VMM answers or ends, unless force or another operation is faster.
+    /// The shutdown or reboot that stays on record, because the VMM does not answer a new daemon, or
+    /// because its call failed. It comes about when the VMM answers or ends, unless force or another
+    /// operation is faster.
     kept: Option<String>,
     last: Micros,
 }
@@ -182,7 +183,12 @@ impl Story {
                 from == to && (started.is_none() || deletion || taken_up)
             }
             "state-changed" => step.is_legal_change(died),
-            "operation-failed" => step.is_legal_failure(),
+            "operation-failed" => {
+                // The VMM may still end because of that shutdown, and its end is the outcome of it.
+                let ends = matches!(event.cause.as_str(), "ShutdownVm" | "DeleteVm with force");
+                self.kept = (ends && to.is_live()).then(|| "ShutdownVm".to_owned());
+                step.is_legal_failure()
+            }
             "vmm-exited" => {
                 from.is_live() && to == State::Shutdown && (event.cause != "vmm-gone-at-start" || died())
             }
@@ -202,7 +208,10 @@ impl Story {
                 }
                 from == to
             }
-            "reachable" => from.is_live() && to.is_live(),
+            "reachable" => {
+                self.kept = in_doubt.cloned();
+                from.is_live() && to.is_live()
+            }
             "guest-reset" => from == State::Running && to == State::Running,
             "deleted" => {
                 self.deleted = true;
@@ -265,9 +274,18 @@ impl Step<'_> {
             // A restart that was due is called off without an operation's beginning.
             "ShutdownVm" if move_ == (Shutdown, Shutdown) => self.started.is_none(),
             "ShutdownVm" => self.concludes() && self.from.is_live() && self.to == Shutdown,
-            // The second half of a reboot is still to come then.
-            "daemon-started" if self.from.is_live() => {
-                died() && matches!(self.started, Some("ShutdownVm" | "RebootVm")) && self.to == Shutdown
+            // The VMM ended while a shutdown or a reboot was on record. The second half of the reboot
+            // is still to come then.
+            "vmm-gone-at-start" | "vmm-exited" if self.from.is_live() => {
+                (died() || self.cause == "vmm-exited")
+                    && matches!(self.started, Some("ShutdownVm" | "RebootVm"))
+                    && self.to == Shutdown
+            }
+            // The process of an interrupted start is gone.
+            "vmm-gone-at-start" | "vmm-exited" => {
+                (died() || self.cause == "vmm-exited")
+                    && self.started == Some("BootVm")
+                    && self.from == self.to
             }
             "daemon-started" => died() && self.started == Some("BootVm") && self.from == self.to,
             "restart-policy" => self.started.is_none() && move_ == (Shutdown, Shutdown),

@@ -151,13 +151,33 @@ fn an_interrupted_shutdown_may_complete_after_the_silence_of_its_vmm() {
             .event("unreachable", "daemon-started", State::Running)
     };
     let came_about =
-        |tale: Tale| tale.event("state-changed", "daemon-started", State::Shutdown).now(State::Shutdown);
+        |tale: Tale| tale.event("state-changed", "vmm-exited", State::Shutdown).now(State::Shutdown);
     came_about(cut_short()).is_fine();
     came_about(cut_short().event("unreachable", "lost", State::Running)).is_fine();
     cut_short().now(State::Running).is_fine();
     // Without a shutdown on record nothing ends by itself.
     let silent = Tale::running().crash().event("unreachable", "daemon-started", State::Running);
     came_about(silent).fails_with("with nothing under way to SHUTDOWN");
+}
+
+#[test]
+fn a_vmm_may_end_after_its_shutdown_failed() {
+    let failed = |cause: &str| {
+        Tale::running()
+            .event("operation-started", cause, State::Running)
+            .event("operation-failed", cause, State::Running)
+            .call(if cause == "PauseVm" { Op::Pause } else { Op::Shutdown { force: false } }, None)
+            .lost()
+    };
+    let ends =
+        |tale: Tale, cause: &str| tale.event("state-changed", cause, State::Shutdown).now(State::Shutdown);
+    ends(failed("ShutdownVm"), "vmm-exited").is_fine();
+    ends(failed("ShutdownVm").crash(), "vmm-gone-at-start").is_fine();
+    // The daemon was not started anew.
+    for cause in ["vmm-gone-at-start", "daemon-started"] {
+        ends(failed("ShutdownVm"), cause).fails_with("does not follow");
+    }
+    ends(failed("PauseVm"), "vmm-exited").fails_with("does not follow");
 }
 
 #[test]
@@ -230,7 +250,7 @@ fn a_daemon_started_event_needs_a_crash_before_it() {
         .fails_with("does not follow");
     interrupted()
         .crash()
-        .event("state-changed", "daemon-started", State::Created)
+        .event("state-changed", "vmm-gone-at-start", State::Created)
         .now(State::Created)
         .is_fine();
     Tale::created()

@@ -74,7 +74,7 @@ use hold::{Hold, NextStep, VmmMessage};
 use journal::{ActorRecord, Journal};
 use quarantine::no_spec;
 
-pub(crate) use supervise::{ActorOrigin, NewActor};
+pub(crate) use supervise::{ActorOrigin, NewActor, RecoveryOccasion};
 pub(crate) use taps::{KnownTaps, remove_orphans};
 
 /// The number of signs of a VMM after which one operation has its update, because a guest that
@@ -96,6 +96,8 @@ struct Actor {
     mailbox: Arc<Mailbox>,
     hold: Hold,
     next: NextStep,
+    /// True while the VM is recovered at the start of the daemon.
+    at_start: bool,
     /// The instant of the VMM's last answer to an operation. News that was requested before this
     /// instant is out of date.
     answered: Option<Instant>,

@@ -118,7 +118,7 @@ impl Actor {
         // An intent on record, or an orphan, means that the end belongs to an interrupted operation
         // or start. The end is then handled as one that a new daemon finds.
         if intent.is_some() || matches!(self.hold, Hold::Orphan(_)) {
-            return self.ended_unwatched(exit, intent.as_ref(), false).await;
+            return self.ended_unwatched(exit, intent.as_ref(), cause).await;
         }
         self.run_ended(Budget::of_own_step(), exit, ChangeReason::by_itself(cause)).await;
     }

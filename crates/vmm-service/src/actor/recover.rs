@@ -31,6 +31,7 @@ use vmm_host::process;
 use super::budget::{Budget, EffectError};
 use super::hold::{Hold, NextStep};
 use super::record_update::{ChangeReason, RecordUpdate};
+use super::supervise::RecoveryOccasion;
 use super::{Actor, Flow};
 use crate::mailbox::OperationRequest;
 use crate::operation_log::Ending;
@@ -42,7 +43,14 @@ const ADOPT_LIMIT: Duration = Duration::from_secs(5);
 impl Actor {
     /// Recovers the VM from its record and its process. `in_use` is true if a process may use the
     /// VM's run folder.
-    pub(super) async fn recover(&mut self, in_use: bool) -> Flow {
+    pub(super) async fn recover(&mut self, in_use: bool, occasion: RecoveryOccasion) -> Flow {
+        self.at_start = occasion == RecoveryOccasion::DaemonStart;
+        let flow = self.recover_from_record(in_use).await;
+        self.at_start = false;
+        flow
+    }
+
+    async fn recover_from_record(&mut self, in_use: bool) -> Flow {
         let intent = self.record.intent.clone();
         let pending = self.record.pending_work();
         let out_of_reach = pending.process == PendingProcess::OutOfReach;
@@ -66,7 +74,7 @@ impl Actor {
                 cause: ExitCause::Unknown,
                 message: "the host was restarted while the VM ran".to_owned(),
             };
-            self.ended_unwatched(exit, intent.as_ref(), true).await;
+            self.ended_unwatched(exit, intent.as_ref(), Cause::HostReboot).await;
             return Flow::GoOn;
         }
         self.find(intent).await;
@@ -117,7 +125,7 @@ impl Actor {
                 .status(Phase::at_rest(self.record.state))
                 .because(Reason::VmmGone, "the process of a cancelled start has ended"),
         };
-        let why = ChangeReason::by_itself(Cause::DaemonStarted);
+        let why = self.found_by_search(Cause::VmmExited);
         self.conclude_once(budget, RecordUpdate::new(EventKind::StateChanged, why, status)).await;
     }
 
@@ -158,7 +166,7 @@ impl Actor {
                 {
                     tracing::warn!(%error, "the remains of the last run could not be removed");
                 }
-                self.ended_unwatched(exit, intent.as_ref(), false).await;
+                self.ended_unwatched(exit, intent.as_ref(), self.cause_of_found_end()).await;
             }
             // The VMM of an interrupted start does not answer yet. It is proven to be this
             // daemon's, and no client has an answer about its start, so that it may be ended:
@@ -270,15 +278,25 @@ impl Actor {
             Some(intent) if intent.recovery() != RecoveryAction::ShutdownAnswered => {
                 self.status(phase).because(
                     Reason::OperationInterrupted,
-                    format!("the daemon ended during {}; the VM is as shown", intent.request().name()),
+                    format!("{} was interrupted; the VM is as shown", intent.request().name()),
                 )
             }
             Some(_) | None => self.status(phase),
         };
-        let update =
-            RecordUpdate::new(EventKind::Adopted, ChangeReason::by_itself(Cause::DaemonStarted), status)
-                .observing(observation);
+        let why = self.found_by_search(Cause::ReachableAgain);
+        let update = RecordUpdate::new(EventKind::Adopted, why, status).observing(observation);
         let _ = self.conclude(Budget::of_own_step(), update).await;
+    }
+
+    /// Returns the reason of a change that a search recorded. A search at the start of the daemon
+    /// has that start as its cause, and every other search has `later`.
+    pub(super) fn found_by_search(&self, later: Cause) -> ChangeReason<'static> {
+        ChangeReason::by_itself(if self.at_start { Cause::DaemonStarted } else { later })
+    }
+
+    /// Returns the cause of the end of a run that a search found.
+    fn cause_of_found_end(&self) -> Cause {
+        if self.at_start { Cause::VmmGoneAtStart } else { Cause::VmmExited }
     }
 
     /// Ends a VMM whose guest has ended, or whose start was interrupted before the guest ran.
@@ -289,7 +307,7 @@ impl Actor {
         }
         let _ = self.sweep(budget, SweepPurpose::Clear, self.run_on_record()).await;
         let exit = Exit { cause: ExitCause::Unknown, message: "the guest was no longer running".to_owned() };
-        self.ended_unwatched(exit, intent.as_ref(), false).await;
+        self.ended_unwatched(exit, intent.as_ref(), self.cause_of_found_end()).await;
     }
 
     /// Returns the claims of a VMM that runs without a run on record: those of the intent of its
@@ -314,35 +332,32 @@ impl Actor {
         Ok(claims)
     }
 
-    /// Records that the run ended while no daemon watched, or that it never began.
-    pub(super) async fn ended_unwatched(&mut self, exit: Exit, intent: Option<&Intent>, host_rebooted: bool) {
+    /// Records that the run ended while no operation waited for its end, or that it never began.
+    /// `cause` is the cause of the end, which the event shows.
+    pub(super) async fn ended_unwatched(&mut self, exit: Exit, intent: Option<&Intent>, cause: Cause) {
         // Four cases follow each other. An interrupted reboot or restart is started again, unless
         // the host was restarted. A VM that never ran is as it was. An interrupted shutdown has its
         // result. The restart policy decides about every other end.
-        if !host_rebooted && self.starts_after_all(intent).await {
+        let host_rebooted = cause == Cause::HostReboot;
+        let why = ChangeReason::by_itself(cause);
+        if !host_rebooted && self.starts_after_all(intent, why.clone()).await {
             return;
         }
         let budget = Budget::of_own_step();
         if self.hold.never_ran() {
-            return self.record_interrupted_start(budget, intent).await;
+            return self.record_interrupted_start(budget, intent, why).await;
         }
         if intent.is_some_and(|intent| intent.request() == VmOperation::Shutdown) {
             self.drop_hold_and_claims();
             let status = self
                 .status(Phase::Stopped)
                 .because(Reason::Shutdown, "shut down as asked; the daemon saw the end only afterwards");
-            let update = RecordUpdate::new(
-                EventKind::StateChanged,
-                ChangeReason::by_itself(Cause::DaemonStarted),
-                status,
-            )
-            .observing(Observation::VmmGone);
+            let update =
+                RecordUpdate::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
             let _ = self.conclude(budget, update).await;
             return;
         }
         let mut decision = self.decide_restart(&exit);
-        let why =
-            ChangeReason::by_itself(if host_rebooted { Cause::HostReboot } else { Cause::VmmGoneAtStart });
         if host_rebooted {
             decision.status.reason = Reason::HostReboot;
         }
@@ -351,7 +366,12 @@ impl Actor {
 
     /// Records that a start was interrupted and that its process has provably gone. The VM is as it
     /// was before.
-    async fn record_interrupted_start(&mut self, budget: Budget, intent: Option<&Intent>) {
+    async fn record_interrupted_start(
+        &mut self,
+        budget: Budget,
+        intent: Option<&Intent>,
+        why: ChangeReason<'_>,
+    ) {
         // A VM that has run before keeps its TAPs, because other programs may have added addresses
         // or rules to them.
         if self.record.state == VmState::Created {
@@ -367,9 +387,7 @@ impl Actor {
         };
         let state = observe(self.record.state, Observation::VmmGone);
         let status = self.status(Phase::at_rest(state)).because(reason, message);
-        let update =
-            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(Cause::DaemonStarted), status)
-                .observing(Observation::VmmGone);
+        let update = RecordUpdate::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
         let _ = self.conclude(budget, update).await;
     }
 
@@ -401,9 +419,8 @@ impl Actor {
         self.take_up_force();
         let status = self.status(Phase::Unreachable).because(reason, message);
         let intent = self.record.intent.clone();
-        let mut update =
-            RecordUpdate::new(EventKind::Unreachable, ChangeReason::by_itself(Cause::DaemonStarted), status)
-                .intending(intent);
+        let why = self.found_by_search(Cause::VmmDoesNotAnswer);
+        let mut update = RecordUpdate::new(EventKind::Unreachable, why, status).intending(intent);
         if never_ran {
             // The first half of a reboot may have ended the run that is on record.
             update = update.observing(Observation::VmmGone);

@@ -38,12 +38,22 @@ use crate::shared::Shared;
 /// The wait before an actor that has panicked is made again. A forced operation ends the wait.
 const PANIC_RESTART_DELAY: Duration = Duration::from_secs(1);
 
+/// The occasion on which an actor recovers its VM.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RecoveryOccasion {
+    /// The daemon was started.
+    DaemonStart,
+    /// The actor panicked.
+    Panic,
+}
+
 /// The situation in which the actor of a VM begins.
 pub(crate) enum ActorOrigin {
     /// A client has just created the VM.
     Created,
-    /// An earlier daemon knew the VM. `in_use` is true if a process may use its run folder.
-    Recovered { in_use: bool },
+    /// An earlier daemon or an actor that panicked knew the VM. `in_use` is true if a process may
+    /// use its run folder.
+    Recovered { in_use: bool, occasion: RecoveryOccasion },
     /// Another program made the VM. The VM runs if there is a handle.
     Imported { launched: Option<LaunchedVmm> },
     /// This program cannot take up the record. `why` is the reason.
@@ -146,7 +156,7 @@ impl ActorSeed {
         // come in the middle of a start.
         let origin = match &self.quarantined {
             Some(why) => ActorOrigin::Quarantined { why: why.clone() },
-            None => ActorOrigin::Recovered { in_use: true },
+            None => ActorOrigin::Recovered { in_use: true, occasion: RecoveryOccasion::Panic },
         };
         Some((record, origin))
     }
@@ -168,6 +178,7 @@ impl ActorSeed {
             mailbox: Arc::clone(&self.mailbox),
             hold: Hold::Nothing,
             next: NextStep::Idle,
+            at_start: false,
             answered: None,
             messages_in_a_row: 0,
             slot: None,
@@ -198,11 +209,11 @@ impl Actor {
     async fn begin(&mut self, origin: ActorOrigin) -> Flow {
         match origin {
             ActorOrigin::Created => Flow::GoOn,
-            ActorOrigin::Recovered { in_use } => {
+            ActorOrigin::Recovered { in_use, occasion } => {
                 // The budgets of a recovery begin after it has its slot, because the wait for the
                 // slot must not use them up.
                 self.slot = Arc::clone(&self.shared.recoveries).acquire_owned().await.ok();
-                let flow = self.recover(in_use).await;
+                let flow = self.recover(in_use, occasion).await;
                 self.slot = None;
                 flow
             }

@@ -49,17 +49,16 @@ impl Actor {
     pub(super) async fn take_up_unfinished(&mut self, intent: &Intent, observation: Observation) {
         let phase = if intent.request() == VmOperation::Reboot { Phase::Rebooting } else { Phase::Stopping };
         let method = intent.request().name();
-        let status = self.status(phase).because(
-            Reason::OperationInterrupted,
-            format!("the daemon ended during {method}, which continues now"),
-        );
+        let status = self
+            .status(phase)
+            .because(Reason::OperationInterrupted, format!("{method} was interrupted and continues now"));
         if let Some(operation) = operation(intent) {
             self.next = NextStep::Finish(Box::new(operation));
         }
-        let update =
-            RecordUpdate::new(EventKind::Adopted, ChangeReason::by_itself(Cause::DaemonStarted), status)
-                .observing(observation)
-                .intending(Some(intent.clone()));
+        let why = self.found_by_search(Cause::ReachableAgain);
+        let update = RecordUpdate::new(EventKind::Adopted, why, status)
+            .observing(observation)
+            .intending(Some(intent.clone()));
         let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
@@ -111,7 +110,7 @@ impl Actor {
 
     /// Schedules an interrupted start again if more than a waiting client depends on it. Returns
     /// true if the start is scheduled.
-    pub(super) async fn starts_after_all(&mut self, intent: Option<&Intent>) -> bool {
+    pub(super) async fn starts_after_all(&mut self, intent: Option<&Intent>, why: ChangeReason<'_>) -> bool {
         let Some(intent) = intent else { return false };
         let reason = match intent.recovery() {
             RecoveryAction::Reboot { .. } => Reason::RebootInterrupted,
@@ -125,11 +124,9 @@ impl Actor {
         self.drop_hold_and_claims();
         let status = self
             .status(Phase::Restarting)
-            .because(reason, "the daemon ended while the VM was being started again, which is done now");
+            .because(reason, "a start of the VM was interrupted and is repeated now");
         self.next = NextStep::RestartAt(Instant::now(), Box::new(LastEnd::on_record(&status)));
-        let update =
-            RecordUpdate::new(EventKind::StateChanged, ChangeReason::by_itself(Cause::DaemonStarted), status)
-                .observing(Observation::VmmGone);
+        let update = RecordUpdate::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
         // A refused commit is logged, and the start takes place nevertheless.
         let _ = self.conclude(Budget::of_own_step(), update).await;
         true
