@@ -11,6 +11,8 @@ CHOSEN_DAEMON=${VMCP_DAEMON:-}
 while read -r name; do unset "$name"; done < <(compgen -e | grep -E '^(UNKEY_VMCP_|VMCP_|CHCP_)' | grep -v '^VMCP_SKIP_LOG$')
 # shellcheck source=scripts/lib.sh
 . "$CLIENTS/../scripts/lib.sh"
+# The tools that scripts/setup.sh installed for the tests.
+export PATH=$PATH:$TOOLS_DIR
 
 # Packages may come through a proxy; the daemon is on loopback.
 export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
@@ -64,6 +66,10 @@ need() {
 # Runs a command for at most $1 seconds, in the foreground, so that Ctrl-C reaches it.
 bounded() { timeout --foreground -k 10 "$@"; }
 
+# Builds a program of the workspace. The whole workspace is named, because Cargo would otherwise compile most dependencies anew, with the
+# features of one crate instead of those that `cargo test --workspace` used.
+build() { (cd "$ROOT" && cargo build -q --workspace --bin "$1"); }
+
 # Finds the daemon and makes the guest. Without VMCP_DAEMON the daemon is built, because an old binary would be tested otherwise.
 use_daemon() {
     local built=${CARGO_TARGET_DIR:-$ROOT/target}/debug
@@ -72,11 +78,12 @@ use_daemon() {
         DAEMON=$CHOSEN_DAEMON
     else
         step "building the daemon (quick where it is up to date)"
-        (cd "$ROOT" && cargo build -q -p vmm-controlplane) || die "the daemon does not build; the reason is above"
+        build vmm-controlplane || die "the daemon does not build; the reason is above"
         DAEMON=$built/vmm-controlplane
     fi
     need_daemon
-    (cd "$ROOT" && cargo run -q -p vmm-testkit --bin tiny-guests -- "$WORK") > /dev/null || die "the tiny guests could not be made"
+    build tiny-guests || die "the program that makes the guests does not build; the reason is above"
+    "$built/tiny-guests" "$WORK" > /dev/null || die "the tiny guests could not be made"
     KERNEL=$WORK/tiny-idle.elf
 }
 

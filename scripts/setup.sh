@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prepares a machine for building, testing and trying the project: `make setup`.
 #
-#   packages (only those that are missing) ──► Rust (checked, not installed) ──► .cache/tools (cargo-deny)
+#   packages (only those that are missing) ──► Rust (checked, not installed) ──► .cache/tools (cargo-deny, buf, grpcurl)
 #       ──► .cache/guest/{vmlinuz,initramfs.cpio.gz}
 #
 # The script may run again at any time. If everything is in place, it takes a fraction of a second and changes nothing. It installs only
@@ -17,6 +17,8 @@ set -euo pipefail
 NEEDED="qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils curl:curl jq:jq ip:iproute2 python3:python3 cc:build-essential make:make shellcheck:shellcheck"
 KERNEL_PACKAGE=linux-image-cloud-amd64
 CARGO_DENY=0.20.2
+BUF=1.75.0
+GRPCURL=1.9.3
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then
@@ -87,6 +89,27 @@ install_cargo_deny() {
     }
 }
 
+# Installs buf and grpcurl below .cache, because Debian has no package of them. Without npm or Go `make test` skips the checks that need the
+# program.
+install_api_tools() {
+    command -v buf > /dev/null || [ -x "$TOOLS_DIR/buf" ] || ! command -v npm > /dev/null || fetch_buf ||
+        step "buf could not be fetched; 'make test' skips the checks of the .proto file and the test of buf curl"
+    command -v grpcurl > /dev/null || [ -x "$TOOLS_DIR/grpcurl" ] || ! command -v go > /dev/null || {
+        step "building grpcurl (about a minute)"
+        GOBIN=$TOOLS_DIR timeout 600 go install "github.com/fullstorydev/grpcurl/cmd/grpcurl@v$GRPCURL" >&2 ||
+            step "grpcurl could not be built; 'make test' skips its test"
+    }
+}
+
+# Fetches buf from npm, where its makers publish the program itself, because Go needs minutes to compile buf.
+fetch_buf() {
+    step "fetching buf (97 MB unpacked)"
+    timeout 120 npm install --prefix "$ROOT/.cache/buf" --no-save --ignore-scripts --no-audit --no-fund --loglevel=error \
+        "@bufbuild/buf-linux-x64@$BUF" >&2 || return 1
+    mkdir -p "$TOOLS_DIR"
+    ln -sf ../../buf/node_modules/@bufbuild/buf-linux-x64/bin/buf "$TOOLS_DIR/buf"
+}
+
 # Prints the package on which the unversioned kernel package depends at present.
 resolve_kernel() {
     apt-cache depends "$KERNEL_PACKAGE" 2> /dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1
@@ -148,6 +171,7 @@ install_packages
 check_rust
 mkdir -p "$GUEST_DIR"
 install_cargo_deny
+install_api_tools
 # The folder is inside .cache, so that the moves below stay on one file system.
 TEMP=$(mktemp -d "$ROOT/.cache/setup.XXXXXX")
 trap 'rm -rf "$TEMP"' EXIT
