@@ -3,8 +3,13 @@
 //! ```text
 //!   Waiting ── the file exists ──► reading ──► end of the file ──┬─ without follow ──► end
 //!   (the VM was never booted)        ▲                           ├─ the VM is removed ► end
-//!                                    └──── the file has grown ───┘
+//!      ▲                             ├──── the file has grown ───┤
+//!      └──── UpdateVm has named another file ────────────────────┘
 //! ```
+//!
+//! A stream belongs to one creation of a VM, found by its uid. UpdateVm may name another file for
+//! the console while the VM does not run. Nothing is appended to the old file from then on, so that
+//! the stream reads the old file to its end before the new one.
 //!
 //! A stream holds at most one round of the file. The next round is read when the client has taken
 //! the one before. A client that reads more slowly than the guest prints is overtaken by the
@@ -18,6 +23,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until};
+use vmm_core::id::VmUid;
+use vmm_core::store::VmRecord;
 use vmm_host::file_watch::FileWatch;
 use vmm_host::tail::{self, Tail, TailLimits, TailUse};
 
@@ -74,6 +81,9 @@ enum StreamStart {
 /// A stream of one console.
 pub struct ConsoleStream {
     shared: Arc<Shared>,
+    uid: VmUid,
+    /// The generation of the record that named `file`.
+    generation: u64,
     file: ConsoleFile,
     start: StreamStart,
     /// The open file and its reader, once the file exists.
@@ -97,9 +107,19 @@ impl ConsoleStream {
         let removed =
             shared.index.until_removed(record.uid).ok_or_else(|| ServiceError::not_found(&query.vm_id))?;
         let end = (!query.follow).then_some(0);
-        let (watch, ready) = (None, VecDeque::new());
-        let mut stream =
-            Self { shared, file, start, reader: None, end, removed, watch, ready, not_before: None };
+        let mut stream = Self {
+            shared,
+            uid: record.uid,
+            generation: record.generation,
+            file,
+            start,
+            reader: None,
+            end,
+            removed,
+            watch: None,
+            ready: VecDeque::new(),
+            not_before: None,
+        };
         if !stream.open().await?
             && let StreamStart::At(offset @ 1..) = start
         {
@@ -112,7 +132,8 @@ impl ConsoleStream {
     ///
     /// # Errors
     ///
-    /// Returns [`ServiceError::Unavailable`] if the file cannot be read.
+    /// Returns [`ServiceError::Unavailable`] if the file cannot be read, and
+    /// [`ServiceError::Precondition`] if UpdateVm has taken the console away.
     pub async fn next(&mut self) -> Result<Option<ConsoleChunk>, ServiceError> {
         loop {
             if let Some(piece) = self.ready.pop_front() {
@@ -121,27 +142,53 @@ impl ConsoleStream {
             // The sender of the waiter is dropped with the VM, after the last byte was written. A
             // stream that finds the VM removed therefore reads once more before it ends.
             let removed = self.removed.has_changed().is_err();
+            // The same holds for a file that the configuration does not name any more.
+            let updated = self.updated();
             if let Some(not_before) = self.not_before.take() {
                 sleep_until(not_before).await;
             }
-            if self.reader.is_none() && !self.open().await? {
-                if removed || self.end.is_some() {
-                    return Ok(None);
-                }
-                tokio::select! {
-                    _ = self.removed.changed() => {}
-                    () = sleep(FILE_INTERVAL) => {}
-                }
-                continue;
-            }
-            if self.read().await? {
+            let opened = self.reader.is_some() || self.open().await?;
+            if opened && self.read().await? {
                 continue;
             }
             if removed || self.end.is_some() {
                 return Ok(None);
             }
-            self.wait().await?;
+            if let Some(record) = updated
+                && self.go_over(&record)?
+            {
+                continue;
+            }
+            if opened {
+                self.wait().await?;
+                continue;
+            }
+            tokio::select! {
+                _ = self.removed.changed() => {}
+                () = sleep(FILE_INTERVAL) => {}
+            }
         }
+    }
+
+    /// Returns the VM's record if it has changed since this stream chose its file.
+    fn updated(&self) -> Option<Arc<VmRecord>> {
+        self.shared.index.record(self.uid).filter(|record| record.generation != self.generation)
+    }
+
+    /// Goes on with the file that `record` names. Returns false if that is the open one.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ServiceError::Precondition`] if the VM has no console any more.
+    fn go_over(&mut self, record: &VmRecord) -> Result<bool, ServiceError> {
+        self.generation = record.generation;
+        let file = ConsoleFile::of_record(record, &self.shared.settings.runtime_dir)?;
+        if file == self.file {
+            return Ok(false);
+        }
+        self.file = file;
+        (self.start, self.reader, self.watch) = (StreamStart::Kept, None, None);
+        Ok(true)
     }
 
     /// Opens the file and finds the first byte. Returns false if there is no file yet.

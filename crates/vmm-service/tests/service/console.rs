@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use vmm_core::backend::{BackendErrorKind, Effect};
 use vmm_core::config::{ConsoleConfig, VmConfig};
 use vmm_core::state::{Phase, VmState};
-use vmm_service::{ConsoleChunk, ConsoleQuery, ConsoleStream, ServiceError};
+use vmm_service::{ConfigUpdate, ConsoleChunk, ConsoleQuery, ConsoleStream, ServiceError};
 use vmm_testkit::fake::{ScriptedMethod, ScriptedResult};
 
 use crate::common::{Bed, Vms, refused, violations};
@@ -88,6 +88,35 @@ fn a_long_console_comes_in_bounded_pieces_without_a_gap() {
     });
 }
 
+#[test]
+fn a_stream_that_is_not_read_is_overtaken_and_goes_on_with_what_is_kept() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.run("vm", bed.config()).await;
+        let path = file(&bed, &vms, "vm");
+        let whole: Vec<u8> = (0..8_000_000_u32).map(|number| (number % 251) as u8).collect();
+        print(&path, &whole[..1_000_000]);
+        let mut stream = vms.service.stream_console(follow("vm")).await.unwrap();
+        let mut pieces = vec![stream.next().await.unwrap().unwrap()];
+        // The client stops reading here, while the guest prints more than is kept.
+        print(&path, &whole[1_000_000..]);
+        vmm_host::tail::trim(&path, 1 << 20).unwrap();
+        while pieces.last().is_none_or(|piece| piece.offset + (piece.data.len() as u64) < 8_000_000) {
+            pieces.push(stream.next().await.unwrap().unwrap());
+        }
+        for piece in &pieces {
+            let place = usize::try_from(piece.offset).unwrap();
+            assert_eq!(piece.data, whole[place..place + piece.data.len()], "at {place}");
+        }
+        let ends = pieces.iter().map(|piece| piece.offset + piece.data.len() as u64);
+        let gaps = ends.zip(pieces.iter().skip(1)).filter(|(end, next)| *end != next.offset);
+        let gaps: Vec<_> = gaps.map(|(end, next)| (end, next.offset)).collect();
+        assert_eq!(gaps.len(), 1, "{gaps:?}");
+        // The stream held at most one round, of four pieces, beside the piece that was taken.
+        assert!(gaps[0].0 <= 4 * (64 << 10) && gaps[0].1 >= 6_000_000, "{gaps:?}");
+    });
+}
+
 trait ConcatData {
     fn concat_data(&self) -> Vec<u8>;
 }
@@ -129,6 +158,102 @@ fn a_follower_waits_for_the_first_output_and_ends_with_the_vm() {
         vms.force_delete("vm").await.unwrap();
         assert_eq!(late.await.unwrap(), None, "the deletion ends the stream without an error");
         refused(vms.service.stream_console(follow("vm")).await.map(drop), "not-found");
+    });
+}
+
+/// The change of a console to the file `output`, or to none.
+fn moved_to(output: Option<&str>) -> ConfigUpdate {
+    let console = ConsoleConfig {
+        enabled: output.is_some(),
+        output: output.unwrap_or_default().to_owned(),
+        ..ConsoleConfig::default()
+    };
+    let config = VmConfig { console: Some(console), ..VmConfig::default() };
+    ConfigUpdate { config, fields: vec!["console".to_owned()], ..ConfigUpdate::default() }
+}
+
+#[test]
+fn a_follower_goes_over_to_the_file_that_an_update_names() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.run("vm", bed.config()).await;
+        let kept = file(&bed, &vms, "vm");
+        print(&kept, b"kept 1;");
+        let mut stream = vms.service.stream_console(follow("vm")).await.unwrap();
+        assert_eq!(next(&mut stream).await, Some((0, "kept 1;".to_owned())));
+        vms.force_shutdown("vm").await.unwrap();
+        print(&kept, b"last words;");
+        let own = bed.path("own.log");
+        vms.update("vm", moved_to(Some(&own))).await.unwrap();
+        // A change of another part leaves the stream where it is.
+        vms.label("vm", "blue").await.unwrap();
+        assert_eq!(next(&mut stream).await, Some((7, "last words;".to_owned())), "the old file first");
+        let waiting = tokio::spawn(async move { (next(&mut stream).await, stream) });
+        tokio::task::yield_now().await;
+        vms.boot("vm").await.unwrap();
+        print(&PathBuf::from(&own), b"own 1;");
+        let (piece, mut stream) = waiting.await.unwrap();
+        assert_eq!(piece, Some((0, "own 1;".to_owned())), "offsets count in the new file");
+        vms.force_shutdown("vm").await.unwrap();
+        vms.update("vm", moved_to(Some(""))).await.unwrap();
+        let all_kept = (0, "kept 1;last words;".to_owned());
+        assert_eq!(next(&mut stream).await, Some(all_kept), "everything that the file keeps");
+        vms.boot("vm").await.unwrap();
+        print(&kept, b"kept 2;");
+        assert_eq!(next(&mut stream).await, Some((18, "kept 2;".to_owned())));
+        vms.force_delete("vm").await.unwrap();
+        assert_eq!(next(&mut stream).await, None);
+    });
+}
+
+#[test]
+fn a_stream_without_follow_ends_in_the_file_in_which_it_began() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.run("vm", bed.config()).await;
+        print(&file(&bed, &vms, "vm"), b"history");
+        let mut stream = vms.service.stream_console(query("vm")).await.unwrap();
+        vms.force_shutdown("vm").await.unwrap();
+        vms.update("vm", moved_to(Some(&bed.path("own.log")))).await.unwrap();
+        assert_eq!(next(&mut stream).await, Some((0, "history".to_owned())));
+        assert_eq!(next(&mut stream).await, None);
+    });
+}
+
+#[test]
+fn a_follower_ends_with_an_error_when_an_update_takes_the_console_away() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.run("vm", bed.config()).await;
+        let kept = file(&bed, &vms, "vm");
+        let mut stream = vms.service.stream_console(follow("vm")).await.unwrap();
+        vms.force_shutdown("vm").await.unwrap();
+        print(&kept, b"last words");
+        vms.update("vm", moved_to(None)).await.unwrap();
+        assert_eq!(next(&mut stream).await, Some((0, "last words".to_owned())));
+        let text = refused(stream.next().await, "precondition");
+        assert!(text.contains("config.console.enabled is false"), "{text}");
+    });
+}
+
+#[test]
+fn a_follower_does_not_go_on_with_a_new_vm_of_the_same_name() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        let output = bed.path("own.log");
+        let console = ConsoleConfig { enabled: true, output: output.clone(), ..ConsoleConfig::default() };
+        let config = VmConfig { console: Some(console), ..bed.config() };
+        vms.run("vm", config.clone()).await;
+        print(&PathBuf::from(&output), b"first vm");
+        let mut stream = vms.service.stream_console(follow("vm")).await.unwrap();
+        assert_eq!(next(&mut stream).await, Some((0, "first vm".to_owned())));
+        vms.force_delete("vm").await.unwrap();
+        std::fs::remove_file(&output).unwrap();
+        vms.run("vm", config).await;
+        print(&PathBuf::from(&output), b"second vm");
+        assert_eq!(next(&mut stream).await, None);
+        let anew = all(&vms, query("vm")).await.unwrap();
+        assert_eq!(anew.concat_data(), b"second vm");
     });
 }
 
