@@ -65,11 +65,14 @@ pub enum TinyGuest {
     Button,
     /// Prints kvm-clock and the processor's counter for ever; [`clocks`] reads a line. Needs KVM.
     Clock,
+    /// Prints the lines 0, 1, 2 and so on for ever, as fast as it can; [`flood_byte`] tells each
+    /// byte. It keeps one host CPU busy.
+    Flood,
 }
 
 impl TinyGuest {
     /// Every guest, in the order of their documentation.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Idle,
         Self::PowerOff,
         Self::Reset,
@@ -79,6 +82,7 @@ impl TinyGuest {
         Self::Obey,
         Self::Button,
         Self::Clock,
+        Self::Flood,
     ];
 
     /// Returns the short name, which is also the stem of the file that [`TinyGuest::write_to`]
@@ -95,6 +99,7 @@ impl TinyGuest {
             Self::Obey => "obey",
             Self::Button => "button",
             Self::Clock => "clock",
+            Self::Flood => "flood",
         }
     }
 
@@ -140,6 +145,7 @@ impl TinyGuest {
             Self::Obey => code.echo(true),
             Self::Button => code.await_button(),
             Self::Clock => code.clock(),
+            Self::Flood => code.flood(),
         }
         code.halt();
         let text = LOAD_ADDRESS + CODE_OFFSET + u32::try_from(code.0.len()).unwrap_or(u32::MAX);
@@ -180,6 +186,19 @@ pub fn clocks(line: &str) -> Option<Clocks> {
         u64::try_from((shifted * u128::from(scale)) >> 32).ok()
     };
     Some(Clocks { kvm_clock: time + scaled(now.checked_sub(then)?)?, counter: scaled(now)? })
+}
+
+/// Returns the byte at `position` of the lines of [`TinyGuest::Flood`], counted from the end of the
+/// banner's line. A line has 8 hexadecimal digits and a line end.
+#[must_use]
+pub fn flood_byte(position: u64) -> u8 {
+    const LINE: u64 = 9;
+    let place = u32::try_from(position % LINE).unwrap_or(0);
+    if place == 8 {
+        return b'\n';
+    }
+    let digit = (position / LINE) >> (4 * (7 - place)) & 15;
+    char::from_digit(u32::try_from(digit).unwrap_or(0), 16).map_or(b'?', |digit| digit as u8)
 }
 
 /// Returns the ELF header, both program headers and the note, for a file with `code_size` bytes of
@@ -240,6 +259,13 @@ mod tests {
 
     fn u64_at(bytes: &[u8], at: usize) -> u64 {
         u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    #[test]
+    fn the_bytes_of_a_flood_are_its_numbers() {
+        let all: Vec<u8> = (0..9 * 300).map(flood_byte).collect();
+        let lines: String = (0..300).map(|number| format!("{number:08x}\n")).collect();
+        assert_eq!(String::from_utf8(all).unwrap(), lines);
     }
 
     #[test]

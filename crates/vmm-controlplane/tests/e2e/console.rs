@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -15,17 +15,24 @@ use crate::harness::{WAIT_TIMEOUT, World, call, eventually, hypervisors, skipped
 use crate::shutdown::{NO_LINUX, linux_config};
 
 /// A console that is streamed, read by a thread of its own.
-struct Console {
+pub(crate) struct Console {
     messages: Receiver<Value>,
     /// The position and the bytes so far.
-    pieces: Vec<(u64, Vec<u8>)>,
+    pub(crate) pieces: Vec<(u64, Vec<u8>)>,
     /// The last message of the stream.
-    end: Option<Value>,
+    pub(crate) end: Option<Value>,
 }
 
 impl Console {
     /// Calls StreamConsole with `more` beside the name.
-    fn stream(world: &World, vm_id: &str, more: &Value) -> Self {
+    pub(crate) fn stream(world: &World, vm_id: &str, more: &Value) -> Self {
+        let (read, console) = Self::unread(world, vm_id, more);
+        read.send(()).unwrap();
+        console
+    }
+
+    /// As [`Console::stream`], but nothing of the answer is read until the sender is used.
+    pub(crate) fn unread(world: &World, vm_id: &str, more: &Value) -> (Sender<()>, Self) {
         let mut request = json!({"vm_id": vm_id});
         request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let body = request.to_string().into_bytes();
@@ -42,7 +49,11 @@ impl Console {
             agent.post(&url).header("content-type", "application/connect+json").send(&framed[..]).unwrap();
         let mut reader = response.into_body().into_reader();
         let (tell, messages) = channel();
+        let (read, may_read) = channel();
         std::thread::spawn(move || {
+            if may_read.recv().is_err() {
+                return;
+            }
             let mut head = [0; 5];
             while reader.read_exact(&mut head).is_ok() {
                 let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
@@ -59,11 +70,16 @@ impl Console {
                 }
             }
         });
-        Self { messages, pieces: Vec::new(), end: None }
+        (read, Self { messages, pieces: Vec::new(), end: None })
+    }
+
+    /// Returns the position behind the last byte.
+    pub(crate) fn position(&self) -> u64 {
+        self.pieces.last().map_or(0, |(offset, bytes)| offset + bytes.len() as u64)
     }
 
     /// Takes the next message, or returns false after `WAIT_TIMEOUT`.
-    fn take(&mut self) -> bool {
+    pub(crate) fn take(&mut self) -> bool {
         let Ok(message) = self.messages.recv_timeout(WAIT_TIMEOUT) else { return false };
         if let Some(end) = message.get("end") {
             self.end = Some(end.clone());
@@ -80,14 +96,14 @@ impl Console {
         true
     }
 
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let bytes: Vec<u8> = self.pieces.iter().flat_map(|(_, bytes)| bytes).copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Reads until the text so far has `text` `times` times.
     #[track_caller]
-    fn until(&mut self, text: &str, times: usize) {
+    pub(crate) fn until(&mut self, text: &str, times: usize) {
         while self.text().matches(text).count() < times {
             assert!(self.take() && self.end.is_none(), "{text:?} x {times}, {:?}: {}", self.end, self.text());
         }
@@ -95,7 +111,7 @@ impl Console {
 
     /// Reads to the end of the stream, and returns its error's code, or nothing.
     #[track_caller]
-    fn read_to_end(&mut self) -> String {
+    pub(crate) fn read_to_end(&mut self) -> String {
         while self.end.is_none() {
             assert!(self.take(), "the stream never ends: {}", self.text());
         }

@@ -17,6 +17,7 @@ mod busy;
 mod cli;
 mod clock;
 mod console;
+mod console_trouble;
 mod damage;
 mod devices;
 mod events;

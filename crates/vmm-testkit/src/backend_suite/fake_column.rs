@@ -111,7 +111,7 @@ impl ScriptedFake {
         print(request, guest);
         match guest {
             TinyGuest::Idle | TinyGuest::Echo => machine.ignore_shutdown(),
-            TinyGuest::Obey | TinyGuest::Button | TinyGuest::Clock => {}
+            TinyGuest::Obey | TinyGuest::Button | TinyGuest::Clock | TinyGuest::Flood => {}
             TinyGuest::PowerOff => machine.power_off(),
             TinyGuest::Panic => machine.fail_guest("the guest panicked"),
             TinyGuest::Reset | TinyGuest::TripleFault

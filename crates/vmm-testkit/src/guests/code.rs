@@ -262,6 +262,25 @@ impl MachineCode {
         self.back_far(line); //                        jmp line
     }
 
+    /// Prints the numbers from 0 on, for ever: 8 hexadecimal digits and a line end each.
+    pub(super) fn flood(&mut self) {
+        self.emit(&[0x31, 0xff]); //                   xor edi, edi
+        let line = self.here();
+        self.emit(&[0x89, 0xfe]); //             line: mov esi, edi
+        self.emit(&[0xb9, 0x08, 0x00, 0x00, 0x00]); // mov ecx, 8
+        let next = self.here();
+        self.emit(&[0xc1, 0xc6, 0x04]); //       next: rol esi, 4
+        self.emit(&[0x89, 0xf3]); //                   mov ebx, esi
+        self.emit(&[0x80, 0xe3, 0x0f]); //             and bl, 15
+        self.send_digit();
+        self.emit(&[0x49]); //                         dec ecx
+        self.back(JNZ, next); //                       jnz next
+        self.emit(&[0xb3, b'\n']); //                  mov bl, '\n'
+        self.send_bl();
+        self.emit(&[0x47]); //                         inc edi
+        self.back_far(line); //                        jmp line
+    }
+
     /// Sends the hexadecimal digit of the number in bl.
     fn send_digit(&mut self) {
         self.emit(&[0x80, 0xc3, b'0']); //             add bl, '0'
