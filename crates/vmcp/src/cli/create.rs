@@ -71,4 +71,7 @@ pub(crate) struct Flags {
     /// The reasons for which the daemon starts the guest again
     #[arg(long, value_name = "MODE", value_parser = restart(), help_heading = "Configuration by flags")]
     pub(crate) restart: Option<pb::RestartMode>,
+    /// Refuse to delete the VM, also with --force, until update --no-delete-protection
+    #[arg(long, help_heading = "Configuration by flags")]
+    pub(crate) delete_protection: bool,
 }

@@ -6,6 +6,7 @@ mod create;
 mod hints;
 mod lifecycle;
 mod queries;
+mod update;
 mod values;
 
 use clap::builder::styling::Styles;
@@ -16,7 +17,8 @@ pub(crate) use create::{Config, Create, Flags, Validate};
 pub(crate) use hints::hint;
 pub(crate) use lifecycle::{Delete, Names, Reboot, Shutdown};
 pub(crate) use queries::{Api, Backends, Events, Get, List, Man, Wait, Watch};
-pub(crate) use values::Pair;
+pub(crate) use update::{Changes, Edit, Update};
+pub(crate) use values::{Disk, Pair};
 
 use crate::output::Format;
 
@@ -82,6 +84,10 @@ pub(crate) enum Command {
     Create(Box<Create>),
     /// Makes the checks of create, and touches nothing
     Validate(Box<Validate>),
+    /// Changes the configuration of a VM, by flags or by a file
+    Update(Box<Update>),
+    /// Opens the configuration of a VM in your editor, and sends the parts that you changed
+    Edit(Edit),
     /// Starts VMs
     #[command(visible_alias = "start")]
     Boot(Names),

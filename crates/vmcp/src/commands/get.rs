@@ -9,9 +9,7 @@ use crate::failure::Failure;
 use crate::output::{Table, units, words};
 
 pub(super) async fn run(session: &mut Session, arguments: &Get) -> Result<(), Failure> {
-    let vm_id = names::resolve(&session.client, &arguments.name).await?;
-    let request = pb::GetVmInfoRequest { vm_id, ..Default::default() };
-    let answer = session.client.get_vm_info(request).await?.into_owned();
+    let answer = names::read(&session.client, &arguments.name).await?;
     session.output.answer(&answer, &[&answer.vm_id], |width| facts(&answer, width))
 }
 
@@ -41,6 +39,7 @@ fn identity(vm: &pb::GetVmInfoResponse, fact: &mut impl FnMut(&str, String)) {
     fact("backend", vm.backend.clone());
     fact("created", units::time(vm.created_timestamp.saturating_mul(1000)));
     fact("changed", units::time(vm.modified_timestamp.saturating_mul(1000)));
+    fact("generation", vm.generation.to_string());
 }
 
 fn configuration(config: &pb::VmConfig, fact: &mut impl FnMut(&str, String)) {
@@ -58,6 +57,12 @@ fn configuration(config: &pb::VmConfig, fact: &mut impl FnMut(&str, String)) {
         fact(&format!("net {}", nic.id), format!("{} on {}", nic.mac_address, nic.tap_device));
     }
     fact("metadata", words::pairs(&config.metadata));
+    if let Some(policy) = config.restart_policy.as_option() {
+        fact("restart", words::restart(policy));
+    }
+    if config.delete_protection {
+        fact("protection", "against delete, also with --force".to_owned());
+    }
 }
 
 fn run_of(vm: &pb::GetVmInfoResponse, fact: &mut impl FnMut(&str, String)) {

@@ -4,7 +4,7 @@
 //! exit code is that of the first failure.
 
 use buffa::EnumValue;
-use connectrpc::ConnectError;
+use connectrpc::{ConnectError, ErrorCode};
 use serde::Serialize;
 use vmm_proto::v1 as pb;
 
@@ -66,10 +66,17 @@ pub(super) async fn reboot(session: &mut Session, arguments: &Reboot) -> Result<
 }
 
 pub(super) async fn delete(session: &mut Session, arguments: &Delete) -> Result<(), Failure> {
+    let is_for_people = !session.output.format().is_message();
     let call = async |client: &Client, vm_id: &str| {
         let request =
             pb::DeleteVmRequest { vm_id: vm_id.to_owned(), force: arguments.force, ..Default::default() };
-        let done = client.delete_vm_with_options(request, long_call()).await?.into_owned();
+        let done = match client.delete_vm_with_options(request, long_call()).await {
+            Ok(done) => done.into_owned(),
+            Err(error) if is_for_people && error.code == ErrorCode::FailedPrecondition => {
+                return Err(with_remedy_of_protection(client, vm_id, error).await);
+            }
+            Err(error) => return Err(error),
+        };
         for left in &done.left_behind {
             remark(&format!(
                 "warning: left behind: {}: {}",
@@ -80,6 +87,17 @@ pub(super) async fn delete(session: &mut Session, arguments: &Delete) -> Result<
         Ok::<_, ConnectError>(done)
     };
     each(session, &arguments.names, call, |vm_id, _| format!("{}: deleted", escape::line(vm_id))).await
+}
+
+/// Returns the refusal of a deletion, with the command that removes the VM's protection.
+async fn with_remedy_of_protection(client: &Client, vm_id: &str, mut refusal: ConnectError) -> ConnectError {
+    let request = pb::GetVmInfoRequest { vm_id: vm_id.to_owned(), ..Default::default() };
+    let info = client.get_vm_info(request).await;
+    let is_protected = info.is_ok_and(|info| info.into_owned().config.delete_protection);
+    if let Some(message) = refusal.message.as_mut().filter(|_| is_protected) {
+        message.push_str(&format!("; `vmcp update {vm_id} --no-delete-protection` does it"));
+    }
+    refusal
 }
 
 /// Carries out `call` for each VM, and prints the answers as `line_of` shows them to people.

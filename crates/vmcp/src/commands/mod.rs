@@ -5,6 +5,7 @@ mod backends;
 pub(crate) mod completion;
 mod console;
 mod create;
+mod edit;
 mod event;
 mod events;
 mod get;
@@ -15,6 +16,7 @@ pub(crate) mod man;
 mod run;
 mod session;
 mod signals;
+mod update;
 mod wait;
 mod watch;
 
@@ -35,6 +37,8 @@ pub(crate) async fn run(mut session: Session, command: Command) -> Result<(), Fa
         Command::Run(arguments) => run::run(session, &arguments).await,
         Command::Console(arguments) => console::run(session, &arguments).await,
         Command::Validate(arguments) => create::validate(session, &arguments).await,
+        Command::Update(arguments) => update::run(session, &arguments).await,
+        Command::Edit(arguments) => edit::run(session, &arguments).await,
         Command::Boot(names) => lifecycle::boot(session, &names).await,
         Command::Shutdown(arguments) => lifecycle::shutdown(session, &arguments).await,
         Command::Pause(names) => lifecycle::pause(session, &names).await,

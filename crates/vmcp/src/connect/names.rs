@@ -20,15 +20,28 @@ const NAMED_MATCHES: usize = 5;
 ///
 /// No VM matches, several match, or the server does not answer.
 pub(crate) async fn resolve(client: &Client, given: &str) -> Result<String, Failure> {
-    let request = pb::GetVmInfoRequest { vm_id: given.to_owned(), ..Default::default() };
-    match client.get_vm_info(request).await {
-        Ok(_) => Ok(given.to_owned()),
+    Ok(read(client, given).await?.vm_id)
+}
+
+/// Returns the VM that `given` means, as GetVmInfo shows it.
+///
+/// # Errors
+///
+/// No VM matches, several match, or the server does not answer.
+pub(crate) async fn read(client: &Client, given: &str) -> Result<pb::GetVmInfoResponse, Failure> {
+    match get(client, given).await {
         Err(error) if error.code == ErrorCode::NotFound && !given.is_empty() => {
             let vms = all(client, pb::ListVmsRequest::default()).await?.vms;
-            pick(given, &vms)?.ok_or_else(|| error.into())
+            let vm_id = pick(given, &vms)?.ok_or(error)?;
+            Ok(get(client, &vm_id).await?)
         }
-        Err(error) => Err(error.into()),
+        outcome => Ok(outcome?),
     }
+}
+
+async fn get(client: &Client, vm_id: &str) -> Result<pb::GetVmInfoResponse, ConnectError> {
+    let request = pb::GetVmInfoRequest { vm_id: vm_id.to_owned(), ..Default::default() };
+    Ok(client.get_vm_info(request).await?.into_owned())
 }
 
 /// Returns the one VM that a prefix means, or none where nothing matches.

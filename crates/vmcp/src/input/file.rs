@@ -1,8 +1,9 @@
-//! A configuration in a file: a CreateVmRequest as YAML or JSON.
+//! A message in a file, as YAML or JSON: a CreateVmRequest, or the change of a configuration.
 //!
 //! JSON is a form of YAML, so one parser reads both, and an error of either has a line and a path.
 
 use buffa::Enumeration as _;
+use serde::de::DeserializeOwned;
 use serde_saphyr::Error;
 use serde_saphyr::options::DuplicateKeyPolicy;
 use vmm_proto::v1 as pb;
@@ -13,13 +14,13 @@ use crate::failure::Failure;
 /// The ends of the path of the restart mode, in the two spellings of the field.
 const RESTART_MODE_FIELDS: [&str; 2] = ["restart_policy.mode", "restartPolicy.mode"];
 
-/// Returns the request that a file has.
+/// Returns the message that a text has. `path` names the text in errors.
 ///
 /// # Errors
 ///
 /// The text is not YAML or JSON, has a field that the API does not know, has a key twice, or has a
 /// value of the wrong type. The error has the file, the line, and the path of the field.
-pub(super) fn parse(path: &str, text: &str) -> Result<pb::CreateVmRequest, Failure> {
+pub(super) fn parse<T: DeserializeOwned>(path: &str, text: &str) -> Result<T, Failure> {
     let file = shown(path);
     if text.trim().is_empty() {
         return Err(Failure::input(format!("{file}: is empty")));
@@ -56,7 +57,7 @@ fn refusal(file: &str, field: &str, error: &Error) -> Failure {
     }
 }
 
-/// Returns the message of an error about a restart mode, the one enum of the request. The message
+/// Returns the message of an error about a restart mode, the one enum of a configuration. The message
 /// has the words of the API.
 fn enum_fault(field: &str, error: &Error) -> Option<String> {
     let Error::SerdeInvalidValue { unexpected, .. } = error else { return None };
@@ -94,12 +95,16 @@ mod tests {
 
     use super::*;
 
+    fn request(text: &str) -> Result<pb::CreateVmRequest, Failure> {
+        parse("vm.yaml", text)
+    }
+
     fn parsed(text: &str) -> serde_json::Value {
-        serde_json::to_value(parse("vm.yaml", text).unwrap()).unwrap()
+        serde_json::to_value(request(text).unwrap()).unwrap()
     }
 
     fn refused(text: &str) -> (String, String) {
-        match parse("vm.yaml", text).unwrap_err() {
+        match request(text).unwrap_err() {
             Failure::Input { message, remedy } => (message, remedy.unwrap_or_default()),
             other => panic!("{other:?}"),
         }
@@ -206,6 +211,6 @@ config:
                 "    {new}: &{new} [*{old},*{old},*{old},*{old},*{old},*{old},*{old},*{old}]\n"
             ));
         }
-        assert!(parse("vm.yaml", &text).is_err());
+        assert!(request(&text).is_err());
     }
 }

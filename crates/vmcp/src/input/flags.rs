@@ -3,7 +3,7 @@
 use vmm_proto::v1 as pb;
 
 use super::paths::absolute;
-use crate::cli::{Flags, Pair};
+use crate::cli::{Disk, Flags, Pair};
 use crate::config::Server;
 use crate::failure::Failure;
 
@@ -19,9 +19,6 @@ const DEFAULT_MEMORY: i64 = 512 << 20;
 /// A path is relative, and the server is on another host.
 pub(super) fn request(flags: &Flags, server: &Server) -> Result<pb::CreateVmRequest, Failure> {
     let path = |flag: &str, text: Option<&str>| absolute(flag, text.unwrap_or_default(), server);
-    let disk = |disk: &pb::StorageDevice| -> Result<_, Failure> {
-        Ok(pb::StorageDevice { path: path("--disk", Some(&disk.path))?, ..disk.clone() })
-    };
     let boot = pb::BootConfig {
         kernel_path: path("--kernel", flags.kernel.as_deref())?,
         initrd_path: path("--initrd", flags.initrd.as_deref())?,
@@ -35,9 +32,10 @@ pub(super) fn request(flags: &Flags, server: &Server) -> Result<pb::CreateVmRequ
     let mut config = pb::VmConfig {
         cpu: cpu.into(),
         memory: memory.into(),
-        storage: flags.disk.iter().map(|it| disk(&it.0)).collect::<Result<_, _>>()?,
+        storage: flags.disk.iter().map(|it| disk(it, server)).collect::<Result<_, _>>()?,
         network: flags.net.iter().map(|nic| nic.0.clone()).collect(),
         metadata: pairs(&flags.metadata),
+        delete_protection: flags.delete_protection,
         ..Default::default()
     };
     // An empty message is left out, so that the request is the one that a person would write.
@@ -50,8 +48,13 @@ pub(super) fn request(flags: &Flags, server: &Server) -> Result<pb::CreateVmRequ
     Ok(pb::CreateVmRequest { config: config.into(), ..Default::default() })
 }
 
+/// Returns the disk of a flag, with a path that the server can read.
+pub(super) fn disk(disk: &Disk, server: &Server) -> Result<pb::StorageDevice, Failure> {
+    Ok(pb::StorageDevice { path: absolute("--disk", &disk.0.path, server)?, ..disk.0.clone() })
+}
+
 /// Returns pairs as a map. The last value of a repeated key is used, as with other flags.
-fn pairs(pairs: &[Pair]) -> std::collections::BTreeMap<String, String> {
+pub(super) fn pairs(pairs: &[Pair]) -> std::collections::BTreeMap<String, String> {
     pairs.iter().map(|pair| (pair.key.clone(), pair.value.clone())).collect()
 }
 
@@ -98,6 +101,7 @@ mod tests {
             "--net=tap=tap0",
             "--metadata=team=web",
             "--restart=on-failure",
+            "--delete-protection",
         ]);
         assert_eq!(
             all,
@@ -119,7 +123,8 @@ mod tests {
                     ],
                     "network": [{}, {"tap_device": "tap0"}],
                     "metadata": {"team": "web"},
-                    "restart_policy": {"mode": "RESTART_MODE_ON_FAILURE"}
+                    "restart_policy": {"mode": "RESTART_MODE_ON_FAILURE"},
+                    "delete_protection": true
                 }
             })
         );

@@ -1,5 +1,6 @@
-//! The configuration of a VM, from flags or from a file.
+//! The configuration of a VM, and the change of one, from flags or from a file.
 
+pub(crate) mod changes;
 mod file;
 mod flags;
 mod paths;

@@ -1,6 +1,6 @@
 //! The API's enums and messages in a few words.
 
-use buffa::EnumValue;
+use buffa::{EnumValue, Enumeration as _};
 use vmm_proto::v1 as pb;
 
 use super::escape;
@@ -53,6 +53,19 @@ pub(crate) fn vm(vm_id: &str, state: &EnumValue<pb::VmState>, status: &pb::VmSta
     format!("{}: {}{beyond}", escape::line(vm_id), self::state(state))
 }
 
+/// Returns a restart policy as people type it: `on-failure, at most 3 times`.
+pub(crate) fn restart(policy: &pb::RestartPolicy) -> String {
+    let mode = match policy.mode.as_known() {
+        Some(pb::RestartMode::RESTART_MODE_UNSPECIFIED) => "the backend's default".to_owned(),
+        Some(mode) => mode.proto_name().trim_start_matches("RESTART_MODE_").replace('_', "-").to_lowercase(),
+        None => format!("unknown ({})", policy.mode.to_i32()),
+    };
+    match policy.max_restarts {
+        0 => mode,
+        most => format!("{mode}, at most {most} times"),
+    }
+}
+
 /// Returns pairs as people type them: `team=web,tier=1`.
 pub(crate) fn pairs<'a>(pairs: impl IntoIterator<Item = (&'a String, &'a String)>) -> String {
     let pairs: Vec<_> = pairs.into_iter().map(|(key, value)| format!("{key}={value}")).collect();
@@ -80,6 +93,17 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(status(&pb::VmState::VM_STATE_RUNNING.into(), &again), "restarted: vmm-failed");
+    }
+
+    #[test]
+    fn a_restart_policy_is_shown_with_the_words_of_the_command_line() {
+        let policy = |mode: i32, max_restarts: i32| {
+            restart(&pb::RestartPolicy { mode: EnumValue::from(mode), max_restarts, ..Default::default() })
+        };
+        assert_eq!(policy(3, 0), "on-failure");
+        assert_eq!(policy(2, 4), "guest-reboot, at most 4 times");
+        assert_eq!(policy(0, 0), "the backend's default");
+        assert_eq!(policy(9, 0), "unknown (9)");
     }
 
     #[test]

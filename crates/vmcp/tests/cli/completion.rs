@@ -39,9 +39,10 @@ fn bash_completes_commands_options_and_names_of_vms() {
     world.create("web-2", TinyGuest::Idle);
     world.create("db", TinyGuest::Idle);
     assert_eq!(offered(&world.url(), &["vmcp", "shut"]), ["shutdown"]);
-    for command in
-        ["boot", "shutdown", "pause", "resume", "reboot", "delete", "get", "wait", "watch", "events"]
-    {
+    for command in [
+        "boot", "shutdown", "pause", "resume", "reboot", "delete", "get", "wait", "watch", "events",
+        "update", "edit",
+    ] {
         assert_eq!(offered(&world.url(), &["vmcp", command, "web"]), ["web-1", "web-2"], "{command}");
     }
     assert_eq!(offered(&world.url(), &["vmcp", "boot", "web-1", "d"]), ["db"]);

@@ -14,6 +14,7 @@
 mod completion;
 mod console;
 mod create;
+mod edit;
 mod lifecycle;
 mod pty;
 mod queries;
@@ -21,6 +22,7 @@ mod raw;
 mod run;
 mod server;
 mod terminal;
+mod update;
 mod wait;
 mod watch;
 mod world;
@@ -52,16 +54,18 @@ fn main() -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = arguments.test_threads.or(Some(THREADS));
-    let modules: [fn() -> Vec<Trial>; 11] = [
+    let modules: [fn() -> Vec<Trial>; 13] = [
         completion::trials,
         console::trials,
         create::trials,
+        edit::trials,
         lifecycle::trials,
         queries::trials,
         raw::trials,
         run::trials,
         server::trials,
         terminal::trials,
+        update::trials,
         wait::trials,
         watch::trials,
     ];

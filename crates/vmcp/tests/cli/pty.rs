@@ -25,9 +25,14 @@ pub(crate) struct Terminal {
 impl Terminal {
     /// Runs `vmcp` in a terminal; `redirect` leads its standard error or output elsewhere.
     pub(crate) fn run(world: &World, columns: u16, arguments: &[&str], redirect: Redirect) -> Self {
+        Self::start(world.command(arguments), columns, redirect)
+    }
+
+    /// Runs a command in a terminal, as [`Self::run`] does.
+    pub(crate) fn start(command: std::process::Command, columns: u16, redirect: Redirect) -> Self {
         let (pty, pts) = open().unwrap();
         pty.resize(Size::new(ROWS, columns)).unwrap();
-        let mut command = Command::from(world.command(arguments)).env("TERM", "xterm");
+        let mut command = Command::from(command).env("TERM", "xterm");
         match redirect {
             Redirect::Nothing => {}
             Redirect::Stdout => command = command.stdout(std::process::Stdio::null()),
