@@ -14,6 +14,7 @@
 
 use std::fmt;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -76,10 +77,10 @@ impl BodyLimits {
         if is_vital {
             stores.push(Arc::clone(&self.vital_bytes));
         }
-        let reading = BodyReading::default();
+        let reading = BodyReading::new(self.limit);
         let mut request = request.map(|inner| {
             Body::new(LimitedBody {
-                inner: LengthLimitedBody::new(inner, self.limit, discard_limit),
+                inner: LengthLimitedBody::new(inner, Arc::clone(&reading.length_limit), discard_limit),
                 pause_limit: self.pause_limit,
                 paused: Box::pin(time::sleep(self.pause_limit)),
                 body_limit: self.body_limit,
@@ -114,7 +115,11 @@ fn is_http1(version: Version) -> bool {
 /// The memory granted to the body is returned when the last clone is dropped, which is after the
 /// answer is ready.
 #[derive(Clone, Default)]
-pub(super) struct BodyReading(Arc<Mutex<BodyProgress>>);
+pub(super) struct BodyReading {
+    progress: Arc<Mutex<BodyProgress>>,
+    /// The longest body in bytes.
+    length_limit: Arc<AtomicUsize>,
+}
 
 #[derive(Default)]
 struct BodyProgress {
@@ -123,6 +128,16 @@ struct BodyProgress {
 }
 
 impl BodyReading {
+    fn new(length_limit: usize) -> Self {
+        Self { progress: Arc::default(), length_limit: Arc::new(AtomicUsize::new(length_limit)) }
+    }
+
+    /// Lifts the limit on the length of the body, because the body is a stream of messages. The
+    /// library limits each message, and the memory and the whole time of the body stay limited.
+    pub(super) fn allow_stream(&self) {
+        self.length_limit.store(usize::MAX, Ordering::Relaxed);
+    }
+
     /// Returns the error for the client, if the body was given up.
     pub(super) fn fault(&self) -> Option<ConnectError> {
         self.lock().fault.map(BodyFault::error)
@@ -144,7 +159,7 @@ impl BodyReading {
     }
 
     fn lock(&self) -> MutexGuard<'_, BodyProgress> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -256,14 +271,14 @@ where
 struct LengthLimitedBody<B> {
     inner: B,
     seen: usize,
-    limit: usize,
+    limit: Arc<AtomicUsize>,
     discard_limit: usize,
     excess: Option<Bytes>,
     ended: bool,
 }
 
 impl<B> LengthLimitedBody<B> {
-    fn new(inner: B, limit: usize, discard_limit: usize) -> Self {
+    fn new(inner: B, limit: Arc<AtomicUsize>, discard_limit: usize) -> Self {
         Self { inner, seen: 0, limit, discard_limit, excess: None, ended: false }
     }
 
@@ -307,11 +322,12 @@ where
                 Err(other) => return Poll::Ready(Some(Ok(other))),
             };
             this.seen = this.seen.saturating_add(data.len());
-            if this.seen <= this.limit {
+            let limit = this.limit.load(Ordering::Relaxed);
+            if this.seen <= limit {
                 return Poll::Ready(Some(Ok(Frame::data(data))));
             }
             this.excess.get_or_insert(data);
-            if this.seen - this.limit > this.discard_limit {
+            if this.seen - limit > this.discard_limit {
                 return Poll::Ready(this.end());
             }
         }
@@ -329,12 +345,9 @@ where
 
 #[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use futures::{StreamExt as _, stream};
     use http_body_util::{LengthLimitError, Limited, StreamBody};
+    use std::convert::Infallible;
 
     use super::*;
 
@@ -347,7 +360,8 @@ mod tests {
             counter.fetch_add(1, Ordering::Relaxed);
             Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"0123456789")))
         });
-        let body = LengthLimitedBody::new(StreamBody::new(source), 25, discard_limit);
+        let body =
+            LengthLimitedBody::new(StreamBody::new(source), Arc::new(AtomicUsize::new(25)), discard_limit);
         let result = Limited::new(body, 25).collect().await;
         let result = match result {
             Ok(collected) => Ok(collected.to_bytes().len()),

@@ -20,6 +20,9 @@ use super::failure_log::{self, FailureLog};
 /// same names as here.
 const PREDECESSOR: &str = "cloudhypervisor.v1.VmService";
 
+/// The Content-Type of an answer to a request that belongs to no protocol.
+const JSON_OF_NO_PROTOCOL: HeaderValue = HeaderValue::from_static("application/json; charset=utf-8");
+
 const ACCEPT_POST: HeaderName = HeaderName::from_static("accept-post");
 
 /// Passes calls to the RPC services, and answers everything else with an error and advice.
@@ -49,6 +52,15 @@ impl Router {
             Method::POST => wrong_content_type(request, path, unary),
             ref verb => Some(wrong_verb(verb, path, readable)),
         }
+    }
+
+    /// Returns true if a method takes a stream of messages, of which each has the limit of one.
+    fn takes_stream(&self, request: &Request) -> bool {
+        let path = request.uri().path().trim_start_matches('/');
+        let method = self.rpc.dispatcher().lookup(path);
+        method.is_some_and(|method| {
+            matches!(method.kind, MethodKind::ClientStreaming | MethodKind::BidiStreaming)
+        })
     }
 
     /// Returns the error about a path that leads nowhere. The error names the cause: the
@@ -138,11 +150,18 @@ impl PreparedRefusal {
     async fn answer(self, request: Request) -> Response {
         let outcome = request.extensions().get::<FailureLog>().cloned();
         let mut headers = body::discard_rest(request).await;
-        if self.error.http_status() == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+        let is_wrong_type = self.error.http_status() == StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        let is_of_no_protocol = is_wrong_type && Protocol::detect(&headers).is_none();
+        if is_wrong_type {
             // The Content-Type is wrong, so it must not decide the framing of the answer.
             headers.remove(CONTENT_TYPE);
         }
         let mut response = failure_log::answer(outcome.as_ref(), &headers, self.error);
+        if is_of_no_protocol {
+            // Clients take the plain `application/json` for an error of the Connect protocol. The
+            // request belongs to no protocol, so its answer must not claim to belong to one.
+            response.headers_mut().insert(CONTENT_TYPE, JSON_OF_NO_PROTOCOL);
+        }
         if let Some((name, value)) = self.header {
             response.headers_mut().insert(name, value);
         }
@@ -164,6 +183,9 @@ impl Service<Request> for Router {
             return Box::pin(async move { Ok(refusal.answer(request).await) });
         }
         let reading = request.extensions().get::<BodyReading>().cloned().unwrap_or_default();
+        if self.takes_stream(&request) {
+            reading.allow_stream();
+        }
         let outcome = request.extensions().get::<FailureLog>().cloned();
         let headers = request.headers().clone();
         let call = self.rpc.call(request);
