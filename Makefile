@@ -1,7 +1,7 @@
 # The commands of a newcomer. Each target does everything that it needs, and skips what is already done.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build libvirt-helper demo test bench fuzz chaos
+.PHONY: help setup build libvirt-helper demo test bench fuzz chaos conformance
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: setup build ## boot a guest through the API and watch its console; ONCE=1 
 
 test: setup ## run every check and test; the last line counts them
 	@scripts/test.sh
+
+conformance: setup ## run the Connect conformance suite against the daemon's HTTP server; needs Go, and prints the number of cases
+	@cargo test --quiet -p vmm-conformance --test suite -- --nocapture
 
 bench: setup ## measure CreateVm + BootVm against each VMM by hand, and 100,000 VMs against 100; print the ratios
 	@cargo bench -p vmm-controlplane --bench boot

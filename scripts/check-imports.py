@@ -29,6 +29,8 @@ ALLOWED = {
     # Its backend suite drives a backend through the service, as clients do.
     "vmm-testkit": {"vmm-core", "vmm-host", "vmm-service"},
     "vmm-controlplane": {"vmm-service", "vmm-backends", "vmm-store", "vmm-host", "vmm-proto", "vmm-core"},
+    # The server that the Connect conformance suite tests. Only tests start it.
+    "vmm-conformance": {"vmm-controlplane"},
     # A client like any other: it knows the API and nothing of the daemon.
     "vmcp": {"vmm-proto"},
 }

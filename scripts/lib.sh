@@ -5,7 +5,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Made by scripts/setup.sh: vmlinuz, initramfs.cpio.gz.
 # shellcheck disable=SC2034  # used by the scripts that source this file
 GUEST_DIR=$ROOT/.cache/guest
-# Made by scripts/setup.sh: cargo-deny, buf, grpcurl.
+# Made by scripts/setup.sh: cargo-deny, buf, grpcurl, connectconformance.
 # shellcheck disable=SC2034
 TOOLS_DIR=$ROOT/.cache/tools/bin
 # The daemon that the scripts start.

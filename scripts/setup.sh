@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prepares a machine for building, testing and trying the project: `make setup`.
 #
-#   packages (only those that are missing) ──► Rust (checked, not installed) ──► .cache/tools (cargo-deny, buf, grpcurl)
+#   packages (only those that are missing) ──► Rust (checked, not installed) ──► .cache/tools (cargo-deny, buf, grpcurl,
+#       connectconformance)
 #       ──► .cache/guest/{vmlinuz,initramfs.cpio.gz}
 #
 # The script may run again at any time. If everything is in place, it takes a fraction of a second and changes nothing. It installs only
@@ -19,6 +20,8 @@ KERNEL_PACKAGE=linux-image-cloud-amd64
 CARGO_DENY=0.20.2
 BUF=1.75.0
 GRPCURL=1.9.3
+# Releases of the Connect conformance suite, the newest first, each behind the oldest Go that builds it.
+CONFORMANCE="1.26:v1.0.7 1.24:v1.0.5"
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then
@@ -110,6 +113,27 @@ fetch_buf() {
     ln -sf ../../buf/node_modules/@bufbuild/buf-linux-x64/bin/buf "$TOOLS_DIR/buf"
 }
 
+# Prints the release of the conformance suite that the installed Go can build, or nothing.
+conformance_release() {
+    local go pair
+    go=$(GOTOOLCHAIN=local go env GOVERSION 2> /dev/null) || return 0
+    for pair in $CONFORMANCE; do
+        [ "$(printf '%s\n%s\n' "${pair%%:*}" "${go#go}" | sort -V | head -n 1)" != "${pair%%:*}" ] || { echo "${pair#*:}" && return; }
+    done
+}
+
+# Builds the runner of the Connect conformance suite below .cache. Without Go `make test` skips the suite.
+install_conformance() {
+    local release runner=$TOOLS_DIR/connectconformance
+    release=$(conformance_release)
+    [ -n "$release" ] || return 0
+    [ ! -x "$runner" ] || ! go version -m "$runner" | grep -q "connectrpc.com/conformance[[:space:]]*$release" || return 0
+    step "building the Connect conformance suite $release (some minutes)"
+    mkdir -p "$TOOLS_DIR"
+    GOTOOLCHAIN=local GOBIN=$TOOLS_DIR timeout 1200 go install "connectrpc.com/conformance/cmd/connectconformance@$release" >&2 ||
+        step "the conformance suite could not be built; 'make test' skips it"
+}
+
 # Prints the package on which the unversioned kernel package depends at present.
 resolve_kernel() {
     apt-cache depends "$KERNEL_PACKAGE" 2> /dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1
@@ -172,6 +196,7 @@ check_rust
 mkdir -p "$GUEST_DIR"
 install_cargo_deny
 install_api_tools
+install_conformance
 # The folder is inside .cache, so that the moves below stay on one file system.
 TEMP=$(mktemp -d "$ROOT/.cache/setup.XXXXXX")
 trap 'rm -rf "$TEMP"' EXIT
