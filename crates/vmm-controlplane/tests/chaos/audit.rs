@@ -49,7 +49,12 @@ pub(crate) fn last_effect(
     client: &dyn Fn(&str) -> Option<usize>,
 ) -> Option<Micros> {
     let begins = |event: &&Event| {
-        let kind = if matches!(call.op, Op::Create { .. }) { "created" } else { "operation-started" };
+        let kind = match call.op {
+            Op::Create { .. } => "created",
+            // The one commit is the whole operation.
+            Op::Update { .. } => "updated",
+            _ => "operation-started",
+        };
         event.kind == kind
             && event.cause == call.op.method()
             && client(&event.actor) == Some(call.client)
@@ -58,7 +63,7 @@ pub(crate) fn last_effect(
     };
     let place = events.iter().position(|event| begins(&event))?;
     let first = &events[place];
-    if first.kind == "created" {
+    if first.kind != "operation-started" {
         return Some(first.time);
     }
     let mut same = events[place + 1..].iter().filter(|event| event.uid == first.uid);
@@ -149,6 +154,9 @@ impl Story {
             return Err("it comes after the VM was deleted".to_owned());
         }
         let Some(to) = event.state else { return Err("it tells no state".to_owned()) };
+        if event.kind == "updated" {
+            return self.is_updated(event, to);
+        }
         let from = self.state.replace(to);
         let (open, kept) = (self.open.take(), self.kept.take());
         let since = std::mem::replace(&mut self.last, event.time);
@@ -223,6 +231,14 @@ impl Story {
         legal.then_some(()).ok_or_else(|| {
             format!("it does not follow from {} with {doing} under way to {}", from.name(), to.name())
         })
+    }
+
+    /// An update is one commit beside whatever is under way.
+    fn is_updated(&mut self, event: &Event, to: State) -> Result<(), String> {
+        self.phase.clone_from(&event.phase);
+        (self.state == Some(to) && event.cause == "UpdateVm")
+            .then_some(())
+            .ok_or_else(|| format!("an update makes no {} of {:?}", to.name(), self.state))
     }
 
     /// Whether the story ends where the VM is.
@@ -367,6 +383,11 @@ fn is_told(call: &Call, case: &Case<'_>, reported: &Timeline) -> Result<(), Stri
     let (begin, end) = (call.begin, call.end);
     let known = match (&call.answer, call.op) {
         (Answer::Absent, _) => reported.ever(begin, end, |there| there.is_none()),
+        (Answer::Done(_), Op::Type) => {
+            reported.ever(begin, end, |there| there.is_some_and(|(_, at)| at.is_live()))
+        }
+        (Answer::Done(_), Op::Console) => reported.ever(begin, end, |there| there.is_some()),
+        (Answer::Runs, _) => reported.ever(begin, end, |there| there.is_some_and(|(_, at)| at.is_live())),
         (Answer::Denied(state), _) => {
             reported.ever(begin, end, |there| there.is_some_and(|(_, at)| at == state))
         }
@@ -377,7 +398,8 @@ fn is_told(call: &Call, case: &Case<'_>, reported: &Timeline) -> Result<(), Stri
                 said.state == Some(*at) && said.uid.as_ref().is_none_or(|said| said == uid)
             })
         }),
-        (Answer::Exists | Answer::Failed { .. } | Answer::Illegal(_) | Answer::Lost, _) => true,
+        (Answer::Exists | Answer::Stale(_) | Answer::Protected, _)
+        | (Answer::Failed { .. } | Answer::Illegal(_) | Answer::Lost, _) => true,
     };
     known.then_some(()).ok_or_else(|| {
         format!(

@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
-use super::history::{Answer, Call, Micros, Op, State};
+use super::history::{Answer, Call, Micros, Op, SeenParts, State};
 use super::model::{At, Place, Surroundings, Uid, step};
 
 /// An answer that no order of the calls explains.
@@ -179,8 +179,8 @@ impl<'a> Search<'a> {
                 }
             }
         }
-        if let Place::Vm { uid, config, at: At::Restarting } = world.place {
-            next.push(World { place: Place::Vm { uid, config, at: At::Running }, ..world });
+        if let Place::Vm { uid, config, parts, at: At::Restarting } = world.place {
+            next.push(World { place: Place::Vm { uid, config, parts, at: At::Running }, ..world });
         }
         next
     }
@@ -239,10 +239,14 @@ impl<'a> Search<'a> {
             (_, _) => State::ALL.to_vec(),
         };
         let uid = self.uids[index];
+        let seen = match &call.answer {
+            Answer::Done(said) => said.parts,
+            _ => SeenParts::default(),
+        };
         let mut places: Vec<Place> = states.into_iter().flat_map(Place::all_shown_as).collect();
         for place in &mut places {
-            if let Place::Vm { uid: known, .. } = place {
-                *known = uid;
+            if let Place::Vm { uid: known, parts, .. } = place {
+                (*known, *parts) = (uid, seen.or_default());
             }
         }
         if places.is_empty() {
@@ -282,8 +286,10 @@ impl Known {
 fn describe(place: &Place) -> String {
     match place {
         Place::Absent => "absent".to_owned(),
-        Place::Vm { at: At::Restarting, .. } => "SHUTDOWN and about to be started again".to_owned(),
-        Place::Vm { at, .. } => at.shown().name().to_owned(),
+        Place::Vm { at: At::Restarting, parts, .. } => {
+            format!("SHUTDOWN and about to be started again with {parts:?}")
+        }
+        Place::Vm { at, parts, .. } => format!("{} with {parts:?}", at.shown().name()),
     }
 }
 

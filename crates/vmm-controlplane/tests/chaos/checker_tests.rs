@@ -1,6 +1,6 @@
 //! The checker finds what it is there to find, and nothing else.
 
-use super::super::history::Said;
+use super::super::history::{Change, Parts, Said};
 use super::*;
 
 /// A history on one VM, call by call.
@@ -209,6 +209,85 @@ fn many_lost_calls_are_checked_in_bounded_steps() {
         .read(320, state(State::Shutdown))
         .read(330, Answer::Absent)
         .fails_at(45);
+}
+
+/// A read of a running VM that shows these parts.
+fn shows(parts: Parts) -> Answer {
+    let parts = SeenParts {
+        label: Some(parts.label),
+        memory: Some(parts.memory),
+        policy: Some(parts.policy),
+        protected: Some(parts.protected),
+    };
+    Answer::Done(Said { state: Some(State::Running), parts, ..Said::default() })
+}
+
+const fn update(change: Change) -> Op {
+    Op::Update { change, guard: None }
+}
+
+#[test]
+fn an_acknowledged_update_stays() {
+    let labelled = Parts { label: 2, ..Parts::default() };
+    let story = || Story::running().call(update(Change::Label(2)), 30, 40, state(State::Running));
+    story().read(50, shows(labelled)).call(Op::Pause, 51, 52, state(State::Paused)).is_fine();
+    story().read(50, shows(Parts::default())).fails_at(3);
+    Story::running().read(50, shows(labelled)).fails_at(2);
+    Story::running().call(update(Change::Label(2)), 30, 40, state(State::Paused)).fails_at(2);
+}
+
+#[test]
+fn an_update_with_a_lost_answer_happens_once_or_never() {
+    let labelled = Parts { label: 2, ..Parts::default() };
+    let story = || Story::running().lost(update(Change::Label(2)), 30, 100);
+    story().read(50, shows(Parts::default())).read(60, shows(labelled)).is_fine();
+    story().read(50, shows(labelled)).read(60, shows(Parts::default())).fails_at(4);
+    story().read(110, shows(Parts::default())).read(120, shows(labelled)).fails_at(4);
+}
+
+#[test]
+fn the_memory_changes_only_while_the_vm_does_not_run() {
+    let memory = update(Change::Memory(1));
+    Story::running().call(memory, 30, 40, Answer::Runs).is_fine();
+    Story::running().call(memory, 30, 40, state(State::Running)).fails_at(2);
+    let shut = || Story::running().call(Op::Shutdown { force: true }, 21, 29, state(State::Shutdown));
+    shut().call(memory, 30, 40, Answer::Runs).fails_at(3);
+    shut()
+        .call(memory, 30, 40, state(State::Shutdown))
+        .call(Op::Boot, 41, 50, state(State::Running))
+        // It is no change then.
+        .call(memory, 51, 60, state(State::Running))
+        .read(61, shows(Parts { memory: 1, ..Parts::default() }))
+        .is_fine();
+}
+
+#[test]
+fn a_protected_vm_is_not_deleted() {
+    let protect = |on| update(Change::Protection(on));
+    let story = || Story::running().call(protect(true), 30, 40, state(State::Running));
+    story().call(DELETE, 41, 50, Answer::Protected).read(51, state(State::Running)).is_fine();
+    story().call(DELETE, 41, 50, gone()).fails_at(3);
+    story().call(protect(false), 41, 50, state(State::Running)).call(DELETE, 51, 60, gone()).is_fine();
+    story().lost(DELETE, 41, 100).read(60, Answer::Absent).fails_at(4);
+    Story::running().call(DELETE, 41, 50, Answer::Protected).fails_at(2);
+}
+
+#[test]
+fn a_console_takes_input_while_the_vm_runs() {
+    Story::running()
+        .call(Op::Type, 30, 31, gone())
+        .call(Op::Pause, 32, 33, state(State::Paused))
+        .call(Op::Type, 34, 35, gone())
+        .call(Op::Console, 36, 37, gone())
+        .is_fine();
+    Story::running().call(Op::Type, 30, 31, Answer::Denied(State::Shutdown)).fails_at(2);
+    let shut = || Story::running().call(Op::Shutdown { force: true }, 21, 29, state(State::Shutdown));
+    shut().call(Op::Type, 30, 31, gone()).fails_at(3);
+    shut()
+        .call(Op::Type, 30, 31, Answer::Denied(State::Shutdown))
+        .call(Op::Console, 32, 33, gone())
+        .is_fine();
+    Story::default().call(Op::Console, 30, 31, gone()).fails_at(0);
 }
 
 #[test]

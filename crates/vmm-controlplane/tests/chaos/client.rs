@@ -6,6 +6,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use http::{Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full};
@@ -13,7 +15,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::history::{Answer, Said, State};
+use super::history::{Answer, Said, SeenParts, State};
 use super::host::left_for_good;
 
 /// The longest answer that the contract allows any call of this run takes half of this; only a hang reaches it.
@@ -107,8 +109,33 @@ pub(crate) fn success(body: &Value) -> Answer {
         state: body["state"].as_str().and_then(State::from_wire),
         uid: text(&body["uid"]),
         phase: text(&body["status"]["phase"]),
+        generation: body["generation"].as_str().and_then(|text| text.parse().ok()),
+        parts: seen_parts(body),
         left_behind: left_for_good(body).join(", "),
     })
+}
+
+/// The parts of a configuration that GetVmInfo and a line of ListVms show. What is at its default is left out of both.
+fn seen_parts(body: &Value) -> SeenParts {
+    let number = |value: &Value| value.as_str().map_or(Some(0), |text| text.parse::<u64>().ok());
+    let small = |value: u64| u8::try_from(value).ok();
+    let label = |metadata: &Value| number(&metadata["mark"]).and_then(small);
+    let memory = |bytes: &Value| number(bytes).and_then(|bytes| small((bytes >> 20).saturating_sub(64)));
+    let config = &body["config"];
+    if config.is_object() {
+        let policy = config["restart_policy"]["max_restarts"].as_u64().unwrap_or(10_000);
+        return SeenParts {
+            label: label(&config["metadata"]),
+            memory: memory(&config["memory"]["size_bytes"]),
+            policy: small(policy.saturating_sub(10_000)),
+            protected: Some(config["delete_protection"] == true),
+        };
+    }
+    if body["memory_size_bytes"].is_string() {
+        let (label, memory) = (label(&body["metadata"]), memory(&body["memory_size_bytes"]));
+        return SeenParts { label, memory, ..SeenParts::default() };
+    }
+    SeenParts::default()
 }
 
 fn failure(status: StatusCode, body: &Value) -> Answer {
@@ -118,8 +145,11 @@ fn failure(status: StatusCode, body: &Value) -> Answer {
     match code {
         "not_found" => Answer::Absent,
         "already_exists" => Answer::Exists,
+        "failed_precondition" if message.contains(" can only change while it does not run") => Answer::Runs,
+        "failed_precondition" if message.contains(" is protected against deletion") => Answer::Protected,
         "failed_precondition" => refused_in(message).map_or_else(failed, Answer::Denied),
-        "aborted" | "unavailable" => failed(),
+        "aborted" => generation_in(message).map_or_else(failed, Answer::Stale),
+        "unavailable" => failed(),
         _ => Answer::Illegal(format!("HTTP {status} {code}: {message}{}", body.as_str().unwrap_or_default())),
     }
 }
@@ -130,10 +160,94 @@ fn refused_in(message: &str) -> Option<State> {
     State::from_name(rest.split_once("; legal now")?.0)
 }
 
+/// The generation that a refusal names.
+fn generation_in(message: &str) -> Option<u64> {
+    let (_, rest) = message.split_once(" has generation ")?;
+    rest.split_once(" and not ")?.0.parse().ok()
+}
+
+/// What StreamConsole sent until it ended, or until the client left.
+#[derive(Debug, Default)]
+pub(crate) struct Streamed {
+    pub(crate) pieces: Vec<(u64, Vec<u8>)>,
+    /// The end of the stream, as its last message tells; `None` if the client or the daemon left.
+    pub(crate) end: Option<Value>,
+}
+
+impl Client {
+    /// Calls StreamConsole, and reads for at most `time`. `None`: the call was never sent.
+    pub(crate) fn stream_console(&self, request: &Value, time: Duration) -> Option<Streamed> {
+        self.runtime.block_on(async {
+            let stream = self.connect().await.ok()?;
+            let mut streamed = Streamed::default();
+            let reading = read_stream(stream, self.daemon, request, &mut streamed);
+            let _left = tokio::time::timeout(time, reading).await;
+            Some(streamed)
+        })
+    }
+}
+
+/// Reads the messages of a stream, each as soon as it is whole.
+async fn read_stream(
+    stream: TcpStream,
+    to: SocketAddr,
+    request: &Value,
+    streamed: &mut Streamed,
+) -> Option<()> {
+    let body = request.to_string();
+    let mut framed = vec![0];
+    framed.extend(u32::try_from(body.len()).ok()?.to_be_bytes());
+    framed.extend(body.as_bytes());
+    let request = Request::post("/vmm.v1.VmService/StreamConsole")
+        .header(header::HOST, to.to_string())
+        .header(header::CONTENT_TYPE, "application/connect+json")
+        .body(Full::new(Bytes::from(framed)))
+        .ok()?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.ok()?;
+    let _driver = AbortOnDrop(tokio::spawn(connection));
+    let mut body = sender.send_request(request).await.ok()?.into_body();
+    let mut read = Vec::new();
+    while let Some(frame) = body.frame().await {
+        read.extend_from_slice(frame.ok()?.data_ref()?);
+        while let Some((flags, message)) = take_message(&mut read) {
+            let message: Value = serde_json::from_slice(&message).ok()?;
+            if flags & 2 != 0 {
+                streamed.end = Some(message);
+                return Some(());
+            }
+            let offset = message["offset"].as_str().map_or(Some(0), |text| text.parse().ok())?;
+            let data = STANDARD.decode(message["data"].as_str().unwrap_or_default()).ok()?;
+            if !data.is_empty() {
+                streamed.pieces.push((offset, data));
+            }
+        }
+    }
+    Some(())
+}
+
+/// Takes the first message off what was read, if it is whole.
+fn take_message(read: &mut Vec<u8>) -> Option<(u8, Vec<u8>)> {
+    let head: [u8; 5] = read.get(..5)?.try_into().ok()?;
+    let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
+    let message = read.get(5..5 + length)?.to_vec();
+    read.drain(..5 + length);
+    Some((head[0], message))
+}
+
+/// Ends the task of a connection.
+struct AbortOnDrop(tokio::task::JoinHandle<hyper::Result<()>>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
+    use super::super::history::Parts;
     use super::*;
 
     #[test]
@@ -150,6 +264,36 @@ mod tests {
         assert!(matches!(answer(500, json!({"code": "internal", "message": ""})), Answer::Illegal(_)));
         assert!(matches!(answer(500, json!("panic")), Answer::Illegal(_)));
         assert_eq!(answer(404, json!({"code": "not_found"})), Answer::Absent);
+        let stale = "VM \"a\" has generation 7 and not 5: it has changed since it was read";
+        assert_eq!(answer(409, json!({"code": "aborted", "message": stale})), Answer::Stale(7));
+        let pre_empted = answer(409, json!({"code": "aborted", "message": "pre-empted by DeleteVm"}));
+        assert!(matches!(pre_empted, Answer::Failed { .. }));
+        let text = "VM \"a\" is RUNNING, and its memory can only change while it does not run: shut it down";
+        assert_eq!(answer(400, fp(text)), Answer::Runs);
+        assert_eq!(
+            answer(400, fp("VM \"a\" is protected against deletion, also with force")),
+            Answer::Protected
+        );
         assert_eq!(understand(Reply::NotSent), None);
+    }
+
+    #[test]
+    fn the_parts_of_a_configuration_are_read() {
+        let config = json!({"memory": {"size_bytes": "69206016"}, "metadata": {"mark": "2"},
+            "restart_policy": {"max_restarts": 10_003}, "delete_protection": true});
+        let seen = seen_parts(&json!({"config": config}));
+        assert_eq!(seen.or_default(), Parts { label: 2, memory: 2, policy: 3, protected: true });
+        let line = seen_parts(&json!({"memory_size_bytes": "67108864", "metadata": {"config": "1"}}));
+        assert_eq!(line, SeenParts { label: Some(0), memory: Some(0), ..SeenParts::default() });
+        assert_eq!(seen_parts(&json!({"state": "VM_STATE_RUNNING"})), SeenParts::default());
+    }
+
+    #[test]
+    fn messages_of_a_stream_are_taken_when_they_are_whole() {
+        let mut read = vec![0, 0, 0, 0, 2, b'{', b'}', 2, 0, 0, 0];
+        assert_eq!(take_message(&mut read), Some((0, b"{}".to_vec())));
+        assert_eq!(take_message(&mut read), None);
+        read.extend([1, b'x']);
+        assert_eq!(take_message(&mut read), Some((2, b"x".to_vec())));
     }
 }

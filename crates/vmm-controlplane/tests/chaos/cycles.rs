@@ -1,17 +1,15 @@
 //! A thousand VMs come and go under one daemon, and nothing of them stays.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vmm_testkit::guests::TinyGuest;
 
 use super::host::{Found, Held, TapGuard, can_make_taps, ledger, left_for_good};
 use super::load::rest;
-use super::plan::{self, Vm};
+use super::plan::{self, Kernels, Vm};
 use crate::harness::{World, call, eventually, hypervisors};
 
 /// Cycles of a plain `cargo test`, on each backend.
@@ -62,16 +60,16 @@ fn repeated_vm_lifecycles_leave_nothing_on_the_host() {
 
 /// Lets VMs come and go; answers what the daemon held once it was warm, and at the end.
 fn cycle(world: &World, backend: &'static str, taps: bool, cycles: u64) -> (Held, Held) {
-    let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
+    let kernels = Kernels::write_to(world.dir.path());
     let warm = (cycles * WARM / 100).max(WORKERS);
-    come_and_go(world, backend, taps, &kernel, 0..warm);
+    come_and_go(world, backend, taps, &kernels, 0..warm);
     let before = at_rest(world, None);
-    come_and_go(world, backend, taps, &kernel, warm..cycles);
+    come_and_go(world, backend, taps, &kernels, warm..cycles);
     (before, at_rest(world, Some(before)))
 }
 
 /// Creates, boots and deletes a VM for each number, a few side by side.
-fn come_and_go(world: &World, backend: &'static str, taps: bool, kernel: &Path, numbers: Range<u64>) {
+fn come_and_go(world: &World, backend: &'static str, taps: bool, kernels: &Kernels, numbers: Range<u64>) {
     let url = world.url();
     let next = AtomicU64::new(numbers.start);
     thread::scope(|scope| {
@@ -83,8 +81,8 @@ fn come_and_go(world: &World, backend: &'static str, taps: bool, kernel: &Path, 
                         return;
                     }
                     let name = format!("{backend}{number}");
-                    let vm = Vm { name: name.clone(), backend, nic: taps, restarts: false };
-                    call(url, "CreateVm", &vm.create(kernel, 0)).ok();
+                    let vm = Vm { name: name.clone(), backend, nic: taps, restarts: false, echoes: false };
+                    call(url, "CreateVm", &vm.create(kernels, 0)).ok();
                     call(url, "BootVm", &json!({"vm_id": name})).ok();
                     let deleted = call(url, "DeleteVm", &json!({"vm_id": name, "force": true})).ok();
                     assert_eq!(left_for_good(&deleted), Vec::<String>::new());

@@ -64,10 +64,90 @@ pub(crate) enum Op {
     Delete {
         force: bool,
     },
+    /// UpdateVm of one part, perhaps with the generation that the client has read.
+    Update {
+        change: Change,
+        guard: Option<Guard>,
+    },
+    /// WriteConsole.
+    Type,
+    /// StreamConsole; what was read is judged apart.
+    Console,
     /// GetVmInfo, or this VM's line, or its absence, in a list.
     Read,
     /// Not a call: the test killed the VM's VMM.
     KillVmm,
+}
+
+/// A change of one part of a configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Change {
+    /// The label `mark`, in every state.
+    Label(u8),
+    /// So many MiB of memory on top of 64, while the VM does not run.
+    Memory(u8),
+    /// So many restarts on top of 10,000, in every state.
+    Policy(u8),
+    /// The protection against deletion, in every state.
+    Protection(bool),
+}
+
+/// The generation that a client has read, and when it had been read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Guard {
+    pub(crate) generation: u64,
+    pub(crate) read: Micros,
+}
+
+/// The parts of a configuration that UpdateVm changes in a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Parts {
+    pub(crate) label: u8,
+    pub(crate) memory: u8,
+    pub(crate) policy: u8,
+    pub(crate) protected: bool,
+}
+
+impl Parts {
+    /// These parts after a change.
+    pub(crate) const fn with(mut self, change: Change) -> Self {
+        match change {
+            Change::Label(label) => self.label = label,
+            Change::Memory(memory) => self.memory = memory,
+            Change::Policy(policy) => self.policy = policy,
+            Change::Protection(protected) => self.protected = protected,
+        }
+        self
+    }
+}
+
+/// The parts that an answer shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SeenParts {
+    pub(crate) label: Option<u8>,
+    pub(crate) memory: Option<u8>,
+    pub(crate) policy: Option<u8>,
+    pub(crate) protected: Option<bool>,
+}
+
+impl SeenParts {
+    /// Whether a VM with these parts can have answered so.
+    pub(crate) fn fit(&self, parts: Parts) -> bool {
+        self.label.is_none_or(|seen| seen == parts.label)
+            && self.memory.is_none_or(|seen| seen == parts.memory)
+            && self.policy.is_none_or(|seen| seen == parts.policy)
+            && self.protected.is_none_or(|seen| seen == parts.protected)
+    }
+
+    /// These parts, and the usual ones where nothing is seen.
+    pub(crate) fn or_default(&self) -> Parts {
+        Parts {
+            label: self.label.unwrap_or_default(),
+            memory: self.memory.unwrap_or_default(),
+            policy: self.policy.unwrap_or_default(),
+            protected: self.protected.unwrap_or_default(),
+        }
+    }
 }
 
 impl Op {
@@ -82,6 +162,9 @@ impl Op {
             Self::Shutdown { .. } => "ShutdownVm",
             Self::Delete { force: false } => "DeleteVm",
             Self::Delete { force: true } => "DeleteVm with force",
+            Self::Update { .. } => "UpdateVm",
+            Self::Type => "WriteConsole",
+            Self::Console => "StreamConsole",
             Self::Read => "GetVmInfo",
             Self::KillVmm => "SIGKILL",
         }
@@ -100,6 +183,11 @@ impl fmt::Display for Op {
             Self::Reboot { force: true } | Self::Shutdown { force: true } => {
                 write!(f, "{} with force", self.method())
             }
+            Self::Update { change, guard } => {
+                write!(f, "UpdateVm({change:?}")?;
+                guard.map_or(Ok(()), |guard| write!(f, " if generation {}", guard.generation))?;
+                f.write_str(")")
+            }
             Self::KillVmm => f.write_str("SIGKILL of its VMM by the test"),
             _ => f.write_str(self.method()),
         }
@@ -117,6 +205,12 @@ pub(crate) enum Answer {
     Denied(State),
     /// `already_exists`.
     Exists,
+    /// `aborted` because the VM has this generation and not the one that UpdateVm named.
+    Stale(u64),
+    /// `failed_precondition` because the part can only change while the VM does not run.
+    Runs,
+    /// `failed_precondition` because the VM is protected against deletion.
+    Protected,
     /// Refused or failed in a way that is legal, and after which the VM may have changed.
     Failed { code: String, message: String },
     /// An answer that is never legal.
@@ -132,6 +226,10 @@ pub(crate) struct Said {
     pub(crate) uid: Option<String>,
     /// The phase of its status.
     pub(crate) phase: Option<String>,
+    /// Its generation.
+    pub(crate) generation: Option<u64>,
+    /// What it showed of the configuration.
+    pub(crate) parts: SeenParts,
     /// What DeleteVm could not free.
     pub(crate) left_behind: String,
 }
@@ -147,11 +245,20 @@ impl fmt::Display for Answer {
                 if let Some(phase) = &said.phase {
                     write!(f, "/{phase}")?;
                 }
+                if let Some(generation) = said.generation {
+                    write!(f, " generation {generation}")?;
+                }
+                if said.parts != SeenParts::default() {
+                    write!(f, " {:?}", said.parts.or_default())?;
+                }
                 said.uid.as_ref().map_or(Ok(()), |uid| write!(f, " uid {uid}"))
             }
             Self::Absent => f.write_str("not found"),
             Self::Denied(state) => write!(f, "not legal in {}", state.name()),
             Self::Exists => f.write_str("already exists"),
+            Self::Stale(generation) => write!(f, "its generation is {generation}"),
+            Self::Runs => f.write_str("not while it runs"),
+            Self::Protected => f.write_str("protected against deletion"),
             Self::Failed { code, message } => write!(f, "{code}: {message}"),
             Self::Illegal(text) => write!(f, "ILLEGAL: {text}"),
             Self::Lost => f.write_str("no answer: the daemon died"),

@@ -1,16 +1,19 @@
 //! The clients of a run, and what each of them wrote down.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::client::{Client, Reply, success, understand};
-use super::history::{Answer, Call, Micros, Op};
-use super::plan::{self, Choice, Vm};
+use super::consoles::{ConsoleRead, token};
+use super::history::{Answer, Call, Change, Guard, Micros, Op, Said};
+use super::plan::{self, Choice, Kernels, Vm};
 use super::stall::{Stalls, VmmProcess};
 
 /// Unix time that never steps.
@@ -59,6 +62,11 @@ impl Addresses {
     }
 }
 
+/// How long a client waits for the echo of what it has typed.
+const ECHO_TIMEOUT: Duration = Duration::from_millis(300);
+/// How long the whole of a console may take, which is little.
+const WHOLE_TIMEOUT: Duration = Duration::from_secs(20);
+
 /// What the clients of a run share.
 pub(crate) struct Shared {
     pub(crate) clock: Clock,
@@ -72,6 +80,10 @@ pub(crate) struct Shared {
 #[derive(Default)]
 pub(crate) struct Notes {
     pub(crate) calls: Vec<Call>,
+    /// What was read of consoles.
+    pub(crate) consoles: Vec<ConsoleRead>,
+    /// Every token that was typed, with the VM's place among the run's names.
+    pub(crate) typed: HashMap<String, usize>,
     /// Calls that no daemon was there for.
     pub(crate) not_sent: u64,
     /// What is wrong by itself, whatever the history.
@@ -81,16 +93,18 @@ pub(crate) struct Notes {
 /// One client's way through the run.
 pub(crate) struct Caller<'a> {
     shared: &'a Shared,
-    kernel: &'a Path,
+    kernels: &'a Kernels,
     number: usize,
     client: Client,
     notes: Notes,
+    /// How far each creation's console was read, by uid.
+    read_to: HashMap<String, u64>,
 }
 
 impl<'a> Caller<'a> {
-    pub(crate) fn new(shared: &'a Shared, kernel: &'a Path, number: usize) -> Self {
+    pub(crate) fn new(shared: &'a Shared, kernels: &'a Kernels, number: usize) -> Self {
         let client = Client::new(shared.addresses.daemon(), shared.addresses.client(number));
-        Self { shared, kernel, number, client, notes: Notes::default() }
+        Self { shared, kernels, number, client, notes: Notes::default(), read_to: HashMap::new() }
     }
 
     /// Calls until it is told to stop.
@@ -99,6 +113,9 @@ impl<'a> Caller<'a> {
             match plan::choose(&mut random) {
                 Choice::List => self.list(),
                 Choice::Stall(vm, time) => self.stall(vm, time),
+                Choice::Update(vm, change, guarded) => self.update(vm, change, guarded),
+                Choice::Type(vm) => self.type_in(vm),
+                Choice::Console(vm, time) => self.read_console(vm, Some(time)),
                 Choice::One(vm, Op::KillVmm) => self.kill_vmm(vm),
                 Choice::One(vm, op) => {
                     self.call(vm, op);
@@ -111,9 +128,13 @@ impl<'a> Caller<'a> {
 
     /// Makes one call, and answers what a success said.
     pub(crate) fn call(&mut self, vm: usize, op: Op) -> Option<Value> {
-        let (method, body) = plan::request(&self.shared.vms[vm], op, self.kernel);
+        let (method, body) = plan::request(&self.shared.vms[vm], op, self.kernels);
+        self.send(vm, op, method, &body)
+    }
+
+    fn send(&mut self, vm: usize, op: Op, method: &str, body: &Value) -> Option<Value> {
         let begin = self.shared.clock.now();
-        let reply = self.client.call(method, &body);
+        let reply = self.client.call(method, body);
         let end = self.shared.clock.now();
         let said = match &reply {
             Reply::Json(status, body) if status.is_success() => Some(body.clone()),
@@ -127,6 +148,80 @@ impl<'a> Caller<'a> {
             }
         }
         said
+    }
+
+    /// Changes a part of a VM's configuration, if wanted only in the generation that was read before.
+    fn update(&mut self, vm: usize, change: Change, guarded: bool) {
+        // Only a VM that has a policy keeps one, so that its end has one meaning.
+        let change = match change {
+            Change::Policy(more) if !self.shared.vms[vm].restarts => Change::Label(more + 1),
+            other => other,
+        };
+        let mut guard = None;
+        if guarded {
+            let Some(info) = self.call(vm, Op::Read) else { return };
+            let generation = info["generation"].as_str().and_then(|text| text.parse().ok());
+            let Some(generation) = generation else { return };
+            guard = Some(Guard { generation, read: self.shared.clock.now() });
+        }
+        self.call(vm, Op::Update { change, guard });
+    }
+
+    /// Types a token of its own.
+    fn type_in(&mut self, vm: usize) {
+        let token = token(self.number, self.notes.typed.len() as u64);
+        let body = json!({"vm_id": self.shared.vms[vm].name, "data": STANDARD.encode(&token)});
+        self.notes.typed.insert(token, vm);
+        if self.send(vm, Op::Type, "WriteConsole", &body).is_some() {
+            self.read_console(vm, Some(ECHO_TIMEOUT));
+        }
+    }
+
+    /// Reads a console: for `time` from where the last read of this creation ended, or all that is kept.
+    pub(crate) fn read_console(&mut self, vm: usize, time: Option<Duration>) {
+        let Some(uid) = self.uid(vm) else { return };
+        let offset = time.and_then(|_| self.read_to.get(&uid).copied()).unwrap_or_default();
+        let request = json!({"vm_id": self.shared.vms[vm].name, "offset": offset.to_string(),
+            "follow": time.is_some()});
+        let begin = self.shared.clock.now();
+        let Some(streamed) = self.client.stream_console(&request, time.unwrap_or(WHOLE_TIMEOUT)) else {
+            self.notes.not_sent += 1;
+            return;
+        };
+        let end = self.shared.clock.now();
+        let code = streamed.end.as_ref().and_then(|end| end["error"]["code"].as_str()).map(str::to_owned);
+        let done = streamed.end.is_some() || !streamed.pieces.is_empty();
+        match code.as_deref() {
+            Some("not_found") => return self.note(vm, Op::Console, (begin, end), Answer::Absent),
+            None if done => self.note(vm, Op::Console, (begin, end), Answer::Done(Said::default())),
+            _ => {}
+        }
+        // The name may have gone to another creation meanwhile, whose output this may be.
+        if self.uid_once_served(vm).as_ref() != Some(&uid) {
+            return;
+        }
+        let read_to = streamed.pieces.last().map_or(offset, |(offset, data)| offset + data.len() as u64);
+        self.read_to.insert(uid.clone(), read_to);
+        let whole = time.is_none() && streamed.end.is_some() && code.is_none();
+        let (client, pieces) = (self.number, streamed.pieces);
+        self.notes.consoles.push(ConsoleRead { vm, uid, client, offset, pieces, error: code, whole });
+    }
+
+    /// Which creation a name is.
+    fn uid(&mut self, vm: usize) -> Option<String> {
+        self.call(vm, Op::Read)?["uid"].as_str().map(str::to_owned)
+    }
+
+    /// The same, when a daemon is there again.
+    fn uid_once_served(&mut self, vm: usize) -> Option<String> {
+        for _ in 0..100 {
+            let before = self.notes.not_sent;
+            let uid = self.uid(vm);
+            if uid.is_some() || self.notes.not_sent == before || self.shared.stop.load(Ordering::Relaxed) {
+                return uid;
+            }
+        }
+        None
     }
 
     /// ListVms: one read of every VM.

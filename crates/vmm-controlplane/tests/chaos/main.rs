@@ -25,6 +25,7 @@
 mod audit;
 mod checker;
 mod client;
+mod consoles;
 mod cycles;
 #[path = "../e2e/harness.rs"]
 #[allow(dead_code, unused_imports, reason = "shared with the end-to-end tests, which use the rest")]

@@ -10,7 +10,7 @@
 //! [`step`] answers every place in which a VM can be after an operation had this answer; none means that the answer cannot be
 //! true. Written from the contract and not from the code under test.
 
-use super::history::{Answer, Op, Said, State};
+use super::history::{Answer, Change, Op, Parts, Said, State};
 
 /// A uid by its place in the list of those that were seen; `None` for a creation whose answer was lost.
 pub(crate) type Uid = Option<u32>;
@@ -24,8 +24,10 @@ pub(crate) enum Place {
     Vm {
         /// Which creation.
         uid: Uid,
-        /// With which configuration.
+        /// With which configuration it was created.
         config: u8,
+        /// What UpdateVm has made of that configuration.
+        parts: Parts,
         at: At,
     },
 }
@@ -58,7 +60,8 @@ impl Place {
     pub(crate) fn all_shown_as(state: State) -> impl Iterator<Item = Self> {
         let all = [At::Created, At::Running, At::Paused, At::Shutdown, At::Restarting];
         let shown = all.into_iter().filter(move |at| at.shown() == state);
-        shown.flat_map(|at| [0, 1].map(|config| Self::Vm { uid: None, config, at }))
+        let parts = Parts::default();
+        shown.flat_map(move |at| [0, 1].map(|config| Self::Vm { uid: None, config, parts, at }))
     }
 }
 
@@ -87,6 +90,23 @@ pub(crate) fn step(place: Place, op: Op, answer: &Answer, uid: Uid, around: Surr
             (Place::Vm { config, .. }, Op::Create { config: asked }) if config != asked => vec![place],
             (Place::Absent | Place::Vm { .. }, _) => Vec::new(),
         },
+        Answer::Runs => match (place, op) {
+            (Place::Vm { parts, at, .. }, Op::Update { change: change @ Change::Memory(_), .. })
+                if at.shown().is_live() && parts.with(change) != parts =>
+            {
+                vec![place]
+            }
+            (Place::Absent | Place::Vm { .. }, _) => Vec::new(),
+        },
+        // Which generation a VM has is judged apart.
+        Answer::Stale(_) if matches!((place, op), (Place::Vm { .. }, Op::Update { guard: Some(_), .. })) => {
+            vec![place]
+        }
+        Answer::Stale(_) => Vec::new(),
+        Answer::Protected => match (place, op) {
+            (Place::Vm { parts, .. }, Op::Delete { .. }) if parts.protected => vec![place],
+            (Place::Absent | Place::Vm { .. }, _) => Vec::new(),
+        },
         // Somebody had to be there to fail.
         Answer::Failed { .. } if place == Place::Absent => Vec::new(),
         Answer::Failed { .. } => {
@@ -105,8 +125,16 @@ pub(crate) fn step(place: Place, op: Op, answer: &Answer, uid: Uid, around: Surr
 fn moved(place: Place, to: At) -> Place {
     match place {
         Place::Absent => Place::Absent,
-        Place::Vm { uid, config, .. } => Place::Vm { uid, config, at: to },
+        Place::Vm { uid, config, parts, .. } => Place::Vm { uid, config, parts, at: to },
     }
+}
+
+/// The same VM after a change of its configuration, if its state admits the change.
+fn updated(place: Place, change: Change) -> Option<Place> {
+    let Place::Vm { uid, config, parts, at } = place else { return None };
+    let changed = parts.with(change);
+    let admitted = changed == parts || !at.shown().is_live() || !matches!(change, Change::Memory(_));
+    admitted.then_some(Place::Vm { uid, config, parts: changed, at })
 }
 
 /// Whether the contract's table refuses.
@@ -114,18 +142,18 @@ const fn denies(state: State, op: Op) -> bool {
     match op {
         Op::Boot => matches!(state, State::Paused),
         Op::Shutdown { .. } => matches!(state, State::Created),
-        Op::Pause | Op::Resume => matches!(state, State::Created | State::Shutdown),
+        Op::Pause | Op::Resume | Op::Type => matches!(state, State::Created | State::Shutdown),
         Op::Reboot { .. } => !matches!(state, State::Running),
         Op::Delete { force } => !force && state.is_live(),
-        Op::Create { .. } | Op::Read | Op::KillVmm => false,
+        Op::Create { .. } | Op::Update { .. } | Op::Console | Op::Read | Op::KillVmm => false,
     }
 }
 
 /// The one place after a success, if it can have been one.
 fn done(place: Place, op: Op, said: &Said, seen: Uid) -> Option<Place> {
-    let Place::Vm { uid, config, at } = place else {
+    let Place::Vm { uid, config, parts, at } = place else {
         let Op::Create { config } = op else { return None };
-        let new = Place::Vm { uid: seen, config, at: At::Created };
+        let new = Place::Vm { uid: seen, config, parts: Parts::default(), at: At::Created };
         return (said.state == Some(State::Created)).then_some(new);
     };
     // A uid, once known, stays until the VM is gone.
@@ -134,11 +162,17 @@ fn done(place: Place, op: Op, said: &Said, seen: Uid) -> Option<Place> {
         (Some(known), _) => Some(known),
         (None, seen) => seen,
     };
-    let here = |at| Place::Vm { uid, config, at };
+    let here = |at| Place::Vm { uid, config, parts, at };
     let is = |state: State| said.state == Some(state);
     match op {
         Op::Create { config: asked } => (asked == config && is(at.shown())).then(|| here(at)),
-        Op::Read => (is(at.shown()) && phase_fits(at, said.phase.as_deref())).then(|| here(at)),
+        Op::Read => {
+            let fits = phase_fits(at, said.phase.as_deref()) && said.parts.fit(parts);
+            (is(at.shown()) && fits).then(|| here(at))
+        }
+        Op::Update { change, .. } => updated(here(at), change).filter(|_| is(at.shown())),
+        Op::Type => at.shown().is_live().then(|| here(at)),
+        Op::Console => Some(here(at)),
         Op::Boot => (!matches!(at, At::Paused) && is(State::Running)).then(|| here(At::Running)),
         Op::Shutdown { .. } => {
             (!matches!(at, At::Created) && is(State::Shutdown)).then(|| here(At::Shutdown))
@@ -146,7 +180,9 @@ fn done(place: Place, op: Op, said: &Said, seen: Uid) -> Option<Place> {
         Op::Pause => (at.shown().is_live() && is(State::Paused)).then(|| here(At::Paused)),
         Op::Resume => (at.shown().is_live() && is(State::Running)).then(|| here(At::Running)),
         Op::Reboot { .. } => (matches!(at, At::Running) && is(State::Running)).then(|| here(At::Running)),
-        Op::Delete { force } => (force || !at.shown().is_live()).then_some(Place::Absent),
+        Op::Delete { force } => {
+            (!parts.protected && (force || !at.shown().is_live())).then_some(Place::Absent)
+        }
         Op::KillVmm => None,
     }
 }
@@ -163,9 +199,9 @@ fn phase_fits(at: At, phase: Option<&str>) -> bool {
 /// Every place after an operation of which nobody knows how far it came.
 fn possible(place: Place, op: Op, around: Surroundings) -> Vec<Place> {
     let mut places = vec![place];
-    let Place::Vm { at, .. } = place else {
+    let Place::Vm { parts, at, .. } = place else {
         if let Op::Create { config } = op {
-            places.push(Place::Vm { uid: None, config, at: At::Created });
+            places.push(Place::Vm { uid: None, config, parts: Parts::default(), at: At::Created });
         }
         return places;
     };
@@ -185,6 +221,11 @@ fn possible(place: Place, op: Op, around: Surroundings) -> Vec<Place> {
         (Op::Shutdown { force: false }, At::Paused) => &[At::Running, At::Shutdown],
         (Op::Shutdown { .. }, At::Running | At::Paused | At::Restarting) => &[At::Shutdown],
         (Op::KillVmm, At::Running | At::Paused) => &[failed],
+        (Op::Update { change, .. }, _) => {
+            places.extend(updated(place, change).filter(|after| *after != place));
+            &[]
+        }
+        (Op::Delete { .. }, _) if parts.protected => &[],
         (Op::Delete { force: true }, _)
         | (Op::Delete { force: false }, At::Created | At::Shutdown | At::Restarting) => {
             places.push(Place::Absent);
@@ -201,7 +242,7 @@ mod tests {
     use super::*;
 
     fn vm(at: At) -> Place {
-        Place::Vm { uid: Some(7), config: 0, at }
+        Place::Vm { uid: Some(7), config: 0, parts: Parts::default(), at }
     }
 
     fn said(state: State) -> Answer {
@@ -211,7 +252,7 @@ mod tests {
     #[test]
     fn the_models_refusals_follow_the_contract() {
         use State::{Created, Paused, Running, Shutdown};
-        let table: [(Op, &[State]); 7] = [
+        let table: [(Op, &[State]); 9] = [
             (Op::Boot, &[Paused]),
             (Op::Shutdown { force: true }, &[Created]),
             (Op::Pause, &[Created, Shutdown]),
@@ -219,6 +260,8 @@ mod tests {
             (Op::Reboot { force: false }, &[Created, Paused, Shutdown]),
             (Op::Delete { force: false }, &[Running, Paused]),
             (Op::Delete { force: true }, &[]),
+            (Op::Type, &[Created, Shutdown]),
+            (Op::Console, &[]),
         ];
         for (op, refusing) in table {
             for state in State::ALL {
@@ -248,10 +291,10 @@ mod tests {
     fn a_second_creation_makes_another_vm() {
         let read = said(State::Running);
         assert_eq!(step(vm(At::Running), Op::Read, &read, Some(8), Surroundings::default()), []);
-        let unknown = Place::Vm { uid: None, config: 0, at: At::Running };
+        let unknown = Place::Vm { uid: None, config: 0, parts: Parts::default(), at: At::Running };
         assert_eq!(
             step(unknown, Op::Read, &read, Some(8), Surroundings::default()),
-            [Place::Vm { uid: Some(8), config: 0, at: At::Running }]
+            [Place::Vm { uid: Some(8), config: 0, parts: Parts::default(), at: At::Running }]
         );
     }
 

@@ -1,18 +1,38 @@
 //! What a run does: its size and seed, its VMs, and what its clients choose. All choices follow from the seed; what the machine
 //! makes of them does not.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use vmm_testkit::guests::TinyGuest;
 
-use super::history::Op;
+use super::history::{Change, Op};
+
 /// VMs of a run.
 pub(crate) const VMS: usize = 20;
 /// Clients that call side by side.
 pub(crate) const CLIENTS: usize = 8;
 /// VMs that are called more often than the others, so that calls meet.
 const HOT: usize = 4;
+
+/// The VMs whose guests send back what is typed, each on another hypervisor.
+const ECHOING: [usize; 3] = [3, 5, 7];
+
+/// The kernels of the guests.
+pub(crate) struct Kernels {
+    pub(crate) idle: PathBuf,
+    pub(crate) echoes: PathBuf,
+}
+
+impl Kernels {
+    /// Writes them into a folder.
+    pub(crate) fn write_to(folder: &Path) -> Self {
+        // The guest obeys letters that no client types, and pauses between two looks for input.
+        let (idle, echoes) = (TinyGuest::Idle, TinyGuest::Obey);
+        Self { idle: idle.write_to(folder).unwrap(), echoes: echoes.write_to(folder).unwrap() }
+    }
+}
 
 /// Reads a number from the environment.
 pub(crate) fn number(name: &str) -> Option<u64> {
@@ -37,6 +57,8 @@ pub(crate) struct Vm {
     pub(crate) nic: bool,
     /// Whether its policy starts it again when its VMM dies.
     pub(crate) restarts: bool,
+    /// Whether its guest sends back what is typed. Such a guest keeps a CPU busy, so that there are few.
+    pub(crate) echoes: bool,
 }
 
 /// The VMs of a run, spread over what is here.
@@ -46,13 +68,15 @@ pub(crate) fn vms(backends: &[&'static str], taps: bool) -> Vec<Vm> {
         backend: backends[place % backends.len()],
         nic: taps && place.is_multiple_of(2),
         restarts: place % 5 == 1,
+        echoes: ECHOING.contains(&place),
     };
     (0..VMS).map(vm).collect()
 }
 
 impl Vm {
     /// The body of CreateVm, in one of two configurations that a repeated call tells apart.
-    pub(crate) fn create(&self, kernel: &Path, config: u8) -> Value {
+    pub(crate) fn create(&self, kernels: &Kernels, config: u8) -> Value {
+        let kernel = if self.echoes { &kernels.echoes } else { &kernels.idle };
         let mut body = json!({
             "vm_id": self.name,
             "backend": self.backend,
@@ -82,6 +106,12 @@ impl Vm {
 pub(crate) enum Choice {
     /// A call on one VM, or the end of its VMM.
     One(usize, Op),
+    /// UpdateVm of one part, with the generation that the client reads before if that is wanted.
+    Update(usize, Change, bool),
+    /// A token is typed into the VM's console, which is read then.
+    Type(usize),
+    /// The VM's console is read for so long, on from where the client's last read ended.
+    Console(usize, Duration),
     /// The VM's VMM stands still for so long.
     Stall(usize, Duration),
     /// ListVms.
@@ -93,19 +123,42 @@ pub(crate) fn choose(random: &mut fastrand::Rng) -> Choice {
     let vm = if random.u8(..100) < 40 { random.usize(..HOT) } else { random.usize(..VMS) };
     let force = random.bool();
     let op = match random.u8(..100) {
-        0..14 => Op::Create { config: u8::from(random.u8(..8) == 0) },
-        14..38 => Op::Boot,
-        38..46 => Op::Pause,
-        46..54 => Op::Resume,
-        54..62 => Op::Reboot { force },
-        62..73 => Op::Shutdown { force },
-        73..81 => Op::Delete { force },
-        81..89 => Op::Read,
+        0..15 => Op::Create { config: u8::from(random.u8(..8) == 0) },
+        15..33 => Op::Boot,
+        33..38 => Op::Pause,
+        38..44 => Op::Resume,
+        44..49 => Op::Reboot { force },
+        // Most VMs whose guests answer live on, so that there is somebody to talk to.
+        49..62 if ECHOING.contains(&vm) && random.u8(..4) > 0 => Op::Boot,
+        49..57 => Op::Shutdown { force },
+        57..62 => Op::Delete { force },
+        62..67 => Op::Read,
+        67..74 => return Choice::Update(vm, change(random), force),
+        74..82 => return Choice::Type(talker(random, vm)),
+        82..89 => {
+            let time = Duration::from_millis(random.u64(20..400));
+            return Choice::Console(talker(random, vm), time);
+        }
         89..93 => return Choice::Stall(vm, stall(random)),
         93..97 => Op::KillVmm,
         _ => return Choice::List,
     };
     Choice::One(vm, op)
+}
+
+/// Chooses a change. A protection does not last long, because VMs are to be deleted.
+fn change(random: &mut fastrand::Rng) -> Change {
+    match random.u8(..8) {
+        0..3 => Change::Label(random.u8(1..4)),
+        3..5 => Change::Memory(random.u8(..3)),
+        5 => Change::Policy(random.u8(..3)),
+        _ => Change::Protection(random.u8(..4) == 0),
+    }
+}
+
+/// Chooses a VM to talk to: one whose guest answers, as often as any other.
+fn talker(random: &mut fastrand::Rng, other: usize) -> usize {
+    if random.bool() { ECHOING[random.usize(..ECHOING.len())] } else { other }
 }
 
 /// Chooses how long a VMM stands still: mostly for less than the daemon waits for an answer, now and then for longer than it
@@ -116,10 +169,10 @@ fn stall(random: &mut fastrand::Rng) -> Duration {
 }
 
 /// The body of the call that an operation is.
-pub(crate) fn request(vm: &Vm, op: Op, kernel: &Path) -> (&'static str, Value) {
+pub(crate) fn request(vm: &Vm, op: Op, kernels: &Kernels) -> (&'static str, Value) {
     let name = &vm.name;
     match op {
-        Op::Create { config } => ("CreateVm", vm.create(kernel, config)),
+        Op::Create { config } => ("CreateVm", vm.create(kernels, config)),
         Op::Boot => ("BootVm", json!({"vm_id": name})),
         Op::Pause => ("PauseVm", json!({"vm_id": name})),
         Op::Resume => ("ResumeVm", json!({"vm_id": name})),
@@ -129,7 +182,31 @@ pub(crate) fn request(vm: &Vm, op: Op, kernel: &Path) -> (&'static str, Value) {
             ("ShutdownVm", json!({"vm_id": name, "force": force, "timeout_seconds": 1}))
         }
         Op::Delete { force } => ("DeleteVm", json!({"vm_id": name, "force": force})),
-        Op::Read | Op::KillVmm => ("GetVmInfo", json!({"vm_id": name})),
+        Op::Update { change, guard } => {
+            let (part, config) = part(change);
+            let generation = guard.map_or(0, |guard| guard.generation);
+            let update =
+                json!({"vm_id": name, "fields": [part], "config": config, "if_generation": generation});
+            ("UpdateVm", update)
+        }
+        // Their requests are made where they are called.
+        Op::Type | Op::Console | Op::Read | Op::KillVmm => ("GetVmInfo", json!({"vm_id": name})),
+    }
+}
+
+/// The part that a change replaces, and the configuration to send.
+fn part(change: Change) -> (&'static str, Value) {
+    match change {
+        Change::Label(label) => ("metadata", json!({"metadata": {"mark": label.to_string()}})),
+        Change::Memory(more) => {
+            let bytes = (64 + u64::from(more)) << 20;
+            ("memory", json!({"memory": {"size_bytes": bytes.to_string()}}))
+        }
+        Change::Policy(more) => {
+            let policy = json!({"mode": "RESTART_MODE_ON_FAILURE", "max_restarts": 10_000 + u64::from(more)});
+            ("restart_policy", json!({"restart_policy": policy}))
+        }
+        Change::Protection(on) => ("delete_protection", json!({"delete_protection": on})),
     }
 }
 
@@ -149,6 +226,9 @@ mod tests {
         assert!(has(|choice| matches!(choice, Choice::List)));
         assert!(!has(|choice| matches!(choice, Choice::One(VMS.., _))));
         assert!(has(|choice| matches!(choice, Choice::One(_, Op::KillVmm))));
+        assert!(has(|choice| matches!(choice, Choice::Update(_, Change::Memory(_), true))));
+        assert!(has(|choice| matches!(choice, Choice::Type(_))));
+        assert!(has(|choice| matches!(choice, Choice::Console(..))));
         assert!(
             has(|choice| matches!(choice, Choice::Stall(_, time) if *time < Duration::from_secs(4))),
             "slow"

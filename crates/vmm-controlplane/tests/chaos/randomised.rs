@@ -6,18 +6,16 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
-use serde_json::{Value, json};
-use vmm_testkit::guests::TinyGuest;
-
 use super::history::{Life, Op, State};
 use super::host::{Found, TapGuard, can_make_taps, ledger, left_for_good};
 use super::load::{Addresses, Caller, Clock, Notes, Shared, rest};
-use super::plan;
+use super::plan::{self, Kernels};
 use super::report::{Figures, Report};
 use super::stall::Stalls;
 use super::verdict::{self, Evidence, Present};
 use crate::harness::{WAIT_TIMEOUT, World, hypervisors};
+use rustix::process::Signal;
+use serde_json::{Value, json};
 
 /// Kills of a plain `cargo test`.
 const SHORT: u64 = 15;
@@ -51,7 +49,7 @@ struct Run {
     random: fastrand::Rng,
     lives: Vec<Life>,
     instance: String,
-    kernel: std::path::PathBuf,
+    kernels: Kernels,
 }
 
 impl Run {
@@ -63,27 +61,27 @@ impl Run {
             ("UNKEY_VMCP_PORT", &daemon.port().to_string()),
             ("RUST_LOG", "info"),
         ]);
-        let kernel = TinyGuest::Idle.write_to(world.dir.path()).unwrap();
+        let kernels = Kernels::write_to(world.dir.path());
         let clock = Clock::new();
         world.start();
         let lives = vec![Life { serving: Some(clock.now()), killed: None }];
         let instance = ledger(&world).1["instance"].as_str().unwrap().to_owned();
         let shared = Shared { clock, addresses, vms, stop: false.into(), stalls: Stalls::default() };
         let random = fastrand::Rng::with_seed(seed);
-        Self { world, _taps: TapGuard(Some(instance.clone())), shared, random, lives, instance, kernel }
+        Self { world, _taps: TapGuard(Some(instance.clone())), shared, random, lives, instance, kernels }
     }
 
     /// Lets clients call while the daemon is killed so many times. It runs when they stop.
     fn under_fire(&mut self, kills: u64) -> Vec<Notes> {
         let shared = &self.shared;
-        let kernel = &self.kernel;
+        let kernels = &self.kernels;
         let (world, random, lives) = (&mut self.world, &mut self.random, &mut self.lives);
         thread::scope(|scope| {
             let _stop = StopGuard(shared);
             let clients: Vec<_> = (0..plan::CLIENTS)
                 .map(|number| {
                     let random = fastrand::Rng::with_seed(random.u64(..));
-                    scope.spawn(move || Caller::new(shared, kernel, number).run(random))
+                    scope.spawn(move || Caller::new(shared, kernels, number).run(random))
                 })
                 .collect();
             scope.spawn(|| shared.stalls.revive(shared));
@@ -157,11 +155,12 @@ impl Run {
     /// Holds what was told against what is.
     fn judge(&self, mut notes: Vec<Notes>) -> (Report, Figures) {
         // The last word on every VM, by a client of its own.
-        let mut last = Caller::new(&self.shared, &self.kernel, plan::CLIENTS);
+        let mut last = Caller::new(&self.shared, &self.kernels, plan::CLIENTS);
         last.list();
         let mut now = Vec::new();
         for vm in 0..self.shared.vms.len() {
             now.push(last.call(vm, Op::Read).map(|info| present(&info)));
+            last.read_console(vm, None);
         }
         notes.push(last.into_notes());
         let found = Found::look(&self.world, &self.instance);
@@ -184,6 +183,8 @@ impl Run {
     /// Deletes everything. Fails unless the host is as it was.
     fn clean_up(&self) {
         for vm in self.list() {
+            let unprotected = json!({"vm_id": vm["vm_id"], "fields": ["delete_protection"]});
+            self.world.call("UpdateVm", &unprotected).ok();
             let deleted = self.world.call("DeleteVm", &json!({"vm_id": vm["vm_id"], "force": true})).ok();
             assert_eq!(left_for_good(&deleted), Vec::<String>::new());
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
+use super::consoles::ConsoleVerdict;
 use super::history::{Answer, Call, Event, Life, Micros, Op, SECOND};
 use super::plan::Vm;
 
@@ -15,6 +16,9 @@ pub(crate) struct Figures {
     vmms_stalled: usize,
     not_sent: u64,
     events: usize,
+    /// Bytes that were read of consoles, and tokens that guests sent back.
+    console_bytes: usize,
+    echoed: usize,
     /// By operation: how many had each outcome, and the longest time until an answer.
     operations: BTreeMap<String, (BTreeMap<&'static str, usize>, Micros)>,
 }
@@ -35,6 +39,8 @@ impl Figures {
             let name = match call.op {
                 Op::Create { .. } => "CreateVm".to_owned(),
                 Op::Read => "reads of a VM".to_owned(),
+                Op::Update { guard: None, .. } => "UpdateVm".to_owned(),
+                Op::Update { guard: Some(_), .. } => "UpdateVm with a generation".to_owned(),
                 op => op.to_string(),
             };
             let (outcomes, longest) = figures.operations.entry(name).or_default();
@@ -44,6 +50,12 @@ impl Figures {
             }
         }
         figures
+    }
+
+    /// Adds what was read of the consoles of one name.
+    pub(crate) fn add_console(&mut self, verdict: &ConsoleVerdict) {
+        self.console_bytes += verdict.bytes;
+        self.echoed += verdict.echoed;
     }
 
     /// Adds how many VMMs stood still for a while.
@@ -58,6 +70,9 @@ const fn outcome(answer: &Answer) -> &'static str {
         Answer::Absent => "not found",
         Answer::Denied(_) => "not legal in the state",
         Answer::Exists => "already exists",
+        Answer::Stale(_) => "of another generation",
+        Answer::Runs => "not while it runs",
+        Answer::Protected => "protected",
         Answer::Failed { .. } => "failed",
         Answer::Illegal(_) => "ILLEGAL",
         Answer::Lost => "lost",
@@ -72,6 +87,7 @@ impl fmt::Display for Figures {
             "{} kills of the daemon, {} VMMs killed, {} stopped for a while, {total} operations, {} not sent, {} events",
             self.kills, self.vmms_killed, self.vmms_stalled, self.not_sent, self.events
         )?;
+        writeln!(f, "  {} bytes of consoles read, {} inputs sent back", self.console_bytes, self.echoed)?;
         for (name, (outcomes, longest)) in &self.operations {
             let counts: Vec<String> =
                 outcomes.iter().map(|(outcome, count)| format!("{count} {outcome}")).collect();

@@ -1,11 +1,12 @@
 //! The judgement: history, events, host and ledger, held against each other VM by VM.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde_json::Value;
 
 use super::audit::{self, Case, Now};
 use super::checker;
+use super::consoles::{self, ConsoleRead};
 use super::history::{Answer, Call, Event, GRACE, Life, Op, State, settled};
 use super::host::Found;
 use super::load::{Addresses, Notes};
@@ -43,14 +44,22 @@ pub(crate) fn reach(evidence: Evidence<'_>, notes: Vec<Notes>) -> (Report, Figur
     let not_sent = notes.iter().map(|notes| notes.not_sent).sum();
     let mut report = Report::default();
     let mut calls: Vec<Vec<Call>> = vec![Vec::new(); evidence.vms.len()];
+    let mut reads: Vec<Vec<ConsoleRead>> = vec![Vec::new(); evidence.vms.len()];
+    let mut typed: Vec<HashMap<String, usize>> = vec![HashMap::new(); evidence.vms.len()];
     for notes in notes {
         report.general.extend(notes.violations);
+        for read in notes.consoles {
+            reads[read.vm].push(read);
+        }
+        for (token, vm) in notes.typed {
+            typed[vm].insert(token, vm);
+        }
         for call in notes.calls {
             calls[call.vm].push(call);
         }
     }
     let kills = evidence.lives.iter().filter(|life| life.killed.is_some()).count();
-    let figures = Figures::of(calls.iter().flatten(), kills, not_sent, evidence.all_events.len())
+    let mut figures = Figures::of(calls.iter().flatten(), kills, not_sent, evidence.all_events.len())
         .with_stalls(evidence.stalls.count());
     report.general.extend(of_the_log(&evidence));
     report.general.extend(of_the_host(&evidence));
@@ -65,6 +74,10 @@ pub(crate) fn reach(evidence: Evidence<'_>, notes: Vec<Notes>) -> (Report, Figur
             violations.push((effective[found.call].end, found.text));
         }
         violations.extend(answers(&calls));
+        violations.extend(generations(&calls, &events));
+        let of_consoles = consoles::check(&reads[place], &typed[place]);
+        figures.add_console(&of_consoles);
+        violations.extend(of_consoles.violations.into_iter().map(|text| (0, text)));
         let now = evidence.now[place].as_ref();
         let case = Case {
             events: &events,
@@ -96,7 +109,7 @@ fn settle(calls: &mut [Call], events: &[Event], evidence: &Evidence<'_>, stalls:
     let late = |begin, end| stall::answers_from(begin, end, GRACE, stalls);
     for call in calls.iter_mut().filter(|call| call.is_open()) {
         call.settled = match (&call.answer, call.op) {
-            (_, Op::KillVmm | Op::Read) => settled(call.end, evidence.lives),
+            (_, Op::KillVmm | Op::Read | Op::Type | Op::Console) => settled(call.end, evidence.lives),
             (Answer::Lost, _) => match audit::last_effect(call, events, &client) {
                 Some(at) => settled(late(call.begin, at.max(call.end)), evidence.lives),
                 None => 0,
@@ -163,6 +176,47 @@ fn answers(calls: &[Call]) -> Vec<(u64, String)> {
             _ => None,
         };
         found.extend(problem.map(|text| (call.end, format!("{} answered: {text}", call.op))));
+    }
+    found
+}
+
+/// A generation counts every change: no reader sees it go back, and an UpdateVm that names one succeeds only where nothing has
+/// happened since it was read.
+fn generations(calls: &[Call], events: &[Event]) -> Vec<(u64, String)> {
+    const MILLI: u64 = 1_000;
+    let mut found = Vec::new();
+    let seen: Vec<(&Call, &str, u64)> = calls
+        .iter()
+        .filter_map(|call| match &call.answer {
+            Answer::Done(said) => Some((call, said.uid.as_deref()?, said.generation?)),
+            _ => None,
+        })
+        .collect();
+    for (call, uid, generation) in &seen {
+        let before = seen.iter().filter(|(other, of, _)| of == uid && other.end < call.begin);
+        if let Some(before) = before.map(|(_, _, before)| *before).max().filter(|before| before > generation)
+        {
+            found.push((call.end, format!("generation {generation} of {uid} was seen after {before}")));
+        }
+    }
+    for call in calls {
+        let Op::Update { guard: Some(guard), .. } = call.op else { continue };
+        let since = || events.iter().filter(|event| event.time > guard.read + MILLI);
+        match &call.answer {
+            Answer::Stale(present) if *present == guard.generation => {
+                found.push((call.end, format!("{} was refused in that very generation", call.op)));
+            }
+            Answer::Done(_) => {
+                let between = since().find(|event| event.time + MILLI < call.begin);
+                // The count begins anew with a creation.
+                let anew = since().any(|event| event.kind == "created" && event.time <= call.end);
+                if let Some(event) = between.filter(|_| !anew) {
+                    let text = format!("{} succeeded despite the event {}", call.op, event.token);
+                    found.push((call.end, text));
+                }
+            }
+            _ => {}
+        }
     }
     found
 }
@@ -251,10 +305,35 @@ fn of_one_vm(vm: &Vm, now: &Present, there: &Found) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::history::{Change, Guard, Said};
     use super::*;
 
     fn call(op: Op, begin: u64, end: u64, answer: Answer) -> Call {
         Call { client: 1, vm: 0, op, begin, end, settled: 0, answer }
+    }
+
+    #[test]
+    fn a_generation_that_goes_back_is_a_violation() {
+        let read = |begin, generation| {
+            let said = Said { uid: Some("a".to_owned()), generation: Some(generation), ..Said::default() };
+            call(Op::Read, begin, begin + 5, Answer::Done(said))
+        };
+        assert_eq!(generations(&[read(10, 3), read(20, 3), read(30, 4)], &[]), []);
+        assert_eq!(generations(&[read(10, 4), read(12, 3)], &[]), [], "they overlap");
+        assert_eq!(generations(&[read(10, 4), read(20, 3)], &[]).len(), 1);
+    }
+
+    #[test]
+    fn an_update_of_a_generation_that_has_passed_is_a_violation() {
+        let guard = Some(Guard { generation: 5, read: 10_000 });
+        let op = Op::Update { change: Change::Label(1), guard };
+        let event = |kind: &str, time| Event { kind: kind.to_owned(), time, ..Event::default() };
+        let done = || [call(op, 30_000, 40_000, Answer::Done(Said::default()))];
+        assert_eq!(generations(&done(), &[event("state-changed", 5_000), event("updated", 35_000)]), []);
+        assert_eq!(generations(&done(), &[event("state-changed", 20_000)]).len(), 1);
+        assert_eq!(generations(&done(), &[event("deleted", 20_000), event("created", 25_000)]), []);
+        assert_eq!(generations(&[call(op, 30_000, 40_000, Answer::Stale(6))], &[]), []);
+        assert_eq!(generations(&[call(op, 30_000, 40_000, Answer::Stale(5))], &[]).len(), 1);
     }
 
     #[test]
