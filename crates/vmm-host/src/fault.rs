@@ -10,6 +10,7 @@
 //!   RebootVm   in place:       intent ─ applied ─ outcome ──► answer
 //!              otherwise:      intent ─ asked … ─ ended ─ reserved … launched ─ outcome ──► answer
 //!   UpdateVm   checked ─ outcome ─ taps-freed ──► answer
+//!   WriteConsole  written ──► answer
 //!   DeleteVm   intent ─ (run-ended) ─ vmm-ended ─ taps-freed ─ folder-removed ─ outcome ──► answer
 //!   a spare    folder-made ─ marked ─ (spawned ─ connected) ─ started
 //!   import     taken ─ committed        found again   taken ─ (committed with its state)
@@ -123,6 +124,9 @@ points! {
     UpdateOutcomeCommitted = "update.outcome-committed",
     /// The TAPs of removed interfaces are gone; the client has no answer yet.
     UpdateTapsFreed = "update.taps-freed",
+
+    /// The console has taken the bytes of a WriteConsole; the client has no answer yet.
+    ConsoleWritten = "console.written",
 
     /// The intent of DeleteVm is on record.
     DeleteIntentCommitted = "delete.intent-committed",

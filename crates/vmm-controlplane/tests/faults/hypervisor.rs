@@ -108,18 +108,25 @@ impl Backend {
             // Where the daemon starts the VMMs itself nothing is found, and nothing outlives a run.
             Self::Fake => Some(&[
                 P::LaunchPartlyConfigured,
+                // It takes no input.
+                P::ConsoleWritten,
                 P::DeleteRunEnded,
                 P::ImportTaken,
                 P::ImportCommitted,
                 P::FoundTaken,
             ]),
             // A reset is in place there, whatever the policy.
-            Self::AttachedCloudHypervisor => {
-                Some(&[P::LaunchSpawned, P::LaunchPartlyConfigured, P::ResetPrepared, P::ResetOrdered])
-            }
+            Self::AttachedCloudHypervisor => Some(&[
+                P::LaunchSpawned,
+                P::LaunchPartlyConfigured,
+                P::ConsoleWritten,
+                P::ResetPrepared,
+                P::ResetOrdered,
+            ]),
             // It cannot be reset, nor powered off but by the end of its process.
             Self::AttachedFirecracker => Some(&[
                 P::LaunchSpawned,
+                P::ConsoleWritten,
                 P::RebootApplied,
                 P::RebootOutcomeCommitted,
                 P::LadderOrdered,
@@ -140,6 +147,7 @@ impl Backend {
                 P::LaunchConfigured,
                 P::LaunchStarted,
                 P::StartLaunched,
+                P::ConsoleWritten,
                 P::BootIntentCommitted,
                 P::BootOutcomeCommitted,
                 P::ResetPrepared,

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use vmm_testkit::guests::TinyGuest;
 
@@ -127,6 +129,54 @@ fn doubt_elsewhere(case: &Case, condition: VmCondition) -> Option<String> {
     let state = libvirtd.try_virsh(&["domstate", &case.vm]);
     let right = state.as_deref() == Ok(wanted) && qemus == [known];
     (!right).then(|| format!("{condition:?} in process {known}, and libvirt says {state:?} of {qemus:?}"))
+}
+
+/// The console goes on with the next daemon: all that the guest has printed is streamed, and a VMM
+/// whose guest runs or is paused takes input.
+#[track_caller]
+pub(crate) fn console(case: &Case, condition: VmCondition) {
+    if case.hypervisor.is_placed() || condition == VmCondition::Nowhere {
+        return;
+    }
+    let info = case.world.info(&case.vm);
+    // A configuration without the part has a kept console.
+    let console = &info["config"]["console"];
+    if case.scenario.removes_its_console() && console.is_object() && console["enabled"] != true {
+        let error = streamed(case).unwrap_err();
+        assert_eq!(error["code"], "failed_precondition", "{error}");
+        return;
+    }
+    let path = folder(&case.world, info["uid"].as_str().unwrap()).join("console.log");
+    let printed = fs::read(path).unwrap_or_default();
+    let streamed = streamed(case).unwrap();
+    assert!(streamed.starts_with(&printed), "{:?}", String::from_utf8_lossy(&streamed));
+    if case.hypervisor != Backend::Fake && [RUNNING, PAUSED].contains(&condition) {
+        case.world.type_at_console(&case.vm, b"typed");
+    }
+}
+
+/// All that StreamConsole sends without following, or its error.
+fn streamed(case: &Case) -> Result<Vec<u8>, Value> {
+    let body = json!({"vm_id": case.vm}).to_string().into_bytes();
+    let mut framed = vec![0];
+    framed.extend(u32::try_from(body.len()).unwrap().to_be_bytes());
+    framed.extend(body);
+    let url = format!("{}/vmm.v1.VmService/StreamConsole", case.world.url());
+    let agent: ureq::Agent =
+        ureq::Agent::config_builder().timeout_global(Some(SETTLE_TIMEOUT)).build().into();
+    let sent = agent.post(&url).header("content-type", "application/connect+json").send(&framed[..]);
+    let answer = sent.unwrap().into_body().read_to_vec().unwrap();
+    let (mut rest, mut all) = (&answer[..], Vec::new());
+    while let [flags, a, b, c, d, more @ ..] = rest {
+        let (message, next) = more.split_at(u32::from_be_bytes([*a, *b, *c, *d]) as usize);
+        let message: Value = serde_json::from_slice(message).unwrap();
+        if flags & 2 != 0 {
+            return message.get("error").map_or(Ok(all), |error| Err(error.clone()));
+        }
+        all.extend(STANDARD.decode(message["data"].as_str().unwrap_or_default()).unwrap());
+        rest = next;
+    }
+    panic!("the stream has no end: {}", String::from_utf8_lossy(&answer));
 }
 
 /// A guest that resets itself would end its run, as its policy has it: what a reset of ours needed

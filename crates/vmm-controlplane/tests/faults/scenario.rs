@@ -42,7 +42,11 @@ const DELETE_BY_FORCE: Call = Call::with("DeleteVm", r#"{"force": true}"#);
 
 /// Removes the network interface, whose TAP the program has made.
 const UPDATE_MACHINE: Call = Call::with("UpdateVm", r#"{"fields": ["network"]}"#);
+const UPDATE_CONSOLE: Call =
+    Call::with("UpdateVm", r#"{"fields": ["console"], "config": {"console": {"enabled": false}}}"#);
 const UPDATE_LABELS: Call = Call::with("UpdateVm", r#"{"config": {"metadata": {"team": "blue"}}}"#);
+
+const TYPE: Call = Call::with("WriteConsole", r#"{"data": "dHlwZWQ="}"#);
 
 /// With a guest that is deaf: what follows the asking comes soon.
 const SHUTDOWN_SOON: Call = Call::with("ShutdownVm", r#"{"timeout_seconds": 1}"#);
@@ -71,6 +75,9 @@ pub(crate) const SHUT_DOWN: VmCondition = VmCondition::In("VM_STATE_SHUTDOWN");
 const PLACED: &[Backend] = &Backend::PLACED;
 /// Those that the daemon starts.
 const MANAGED: &[Backend] = &[Backend::Qemu, Backend::CloudHypervisor, Backend::Firecracker];
+/// Those whose consoles take input.
+const WITH_INPUT: &[Backend] =
+    &[Backend::Qemu, Backend::CloudHypervisor, Backend::Firecracker, Backend::Libvirt];
 const EVERYWHERE: &[Backend] = &[
     Backend::Qemu,
     Backend::CloudHypervisor,
@@ -250,6 +257,9 @@ impl Scenario {
         Self::new("reboot, twice", &[BOOT], REBOOT, RUNNING, RUNNING).twice(),
         Self::new("restart by policy", &[BOOT], VMM_DIES, RUNNING, RUNNING).twice(),
         Self::new("update", &[BOOT, SHUTDOWN_BY_FORCE], UPDATE_MACHINE, SHUT_DOWN, SHUT_DOWN).on(MANAGED),
+        Self::new("update of the console", &[BOOT, SHUTDOWN_BY_FORCE], UPDATE_CONSOLE, SHUT_DOWN, SHUT_DOWN)
+            .on(MANAGED),
+        Self::new("console input", &[BOOT], TYPE, RUNNING, RUNNING).only_on(WITH_INPUT),
         Self::new("update of a running one", &[BOOT], UPDATE_LABELS, RUNNING, RUNNING).on(PLACED),
         Self::new("delete", &[], DELETE, CREATED, NO_VM).on(&[
             Backend::AttachedCloudHypervisor,
@@ -279,6 +289,11 @@ impl Scenario {
     /// Whether the operation removes the VM's network interface.
     pub(crate) fn removes_its_interface(&self) -> bool {
         self.call.options == UPDATE_MACHINE.options
+    }
+
+    /// Whether the operation takes the VM's console away.
+    pub(crate) fn removes_its_console(&self) -> bool {
+        self.call.options == UPDATE_CONSOLE.options
     }
 
     /// Whether the guest does as it is asked.

@@ -133,6 +133,7 @@ impl Case {
             let expected = if removed { taps.len().min(1) } else { 0 };
             assert_eq!(lost, expected, "TAPs before and after: {taps:?}, {now:?}");
         }
+        inspect::console(&self, condition);
         self.witness_goes_on();
         inspect::ledger(&self);
         inspect::claims(&mut self, condition);

@@ -6,6 +6,7 @@ use vmm_core::backend::{BackendErrorKind, ConsoleInputError, ConsoleInputFailure
 use vmm_core::kind::VmKind;
 use vmm_core::state::Phase;
 use vmm_core::store::VmRecord;
+use vmm_host::fault::{FaultPoint, point};
 
 use super::ConsoleFile;
 use crate::error::ServiceError;
@@ -40,6 +41,7 @@ pub(crate) async fn write(shared: &Shared, vm_id: &str, data: &[u8]) -> Result<(
     let vmm = shared.index.held_vmm(record.uid).ok_or_else(unreachable)?;
     let input = vmm.console_input().ok_or_else(|| no_input(&record))?;
     let written = input.write_console(data, WRITE_TIMEOUT).await;
+    point(FaultPoint::ConsoleWritten);
     written.map_err(|error| failed(&record, data.len(), error).into())
 }
 
