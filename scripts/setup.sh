@@ -134,6 +134,20 @@ install_conformance() {
         step "the conformance suite could not be built; 'make test' skips it"
 }
 
+# Unpacks Prometheus and promtool below .cache, for the tests of the metrics. The package is not installed, because it would start a
+# server on the host. Without it the tests are skipped.
+fetch_prometheus() {
+    command -v apt-get > /dev/null && [ ! -x "$TOOLS_DIR/promtool" ] && ! command -v promtool > /dev/null || return 0
+    step "fetching Prometheus (19 MB)"
+    local options=()
+    [ "$(id -u)" != 0 ] || options=(-o APT::Sandbox::User=root)
+    mkdir -p "$TEMP/prometheus" "$TOOLS_DIR"
+    { (cd "$TEMP/prometheus" && timeout 300 apt-get "${options[@]}" download -q prometheus >&2) &&
+        dpkg-deb -x "$TEMP"/prometheus/*.deb "$TEMP/prometheus" &&
+        mv "$TEMP/prometheus/usr/bin/prometheus" "$TEMP/prometheus/usr/bin/promtool" "$TOOLS_DIR"; } ||
+        step "Prometheus could not be fetched; 'make test' skips the tests that need it"
+}
+
 # Prints the package on which the unversioned kernel package depends at present.
 resolve_kernel() {
     apt-cache depends "$KERNEL_PACKAGE" 2> /dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1
@@ -202,4 +216,5 @@ TEMP=$(mktemp -d "$ROOT/.cache/setup.XXXXXX")
 trap 'rm -rf "$TEMP"' EXIT
 prepare_kernel
 prepare_initramfs
+fetch_prometheus
 step "setup is complete: guest kernel and initramfs are in .cache/guest"

@@ -96,9 +96,18 @@ pub(crate) static ALL: [Registration; 3] = [
     },
 ];
 
-/// Makes the backends that `config` names, and a constructor for the backends of other kinds.
-pub(crate) fn backends(config: &DaemonConfig) -> Backends {
-    let families = ALL.iter().map(|registration| registration.family(config));
+/// Adds something to each call of a backend, such as a measurement.
+pub(crate) type DecorateBackend = Arc<dyn Fn(Arc<dyn Backend>) -> Arc<dyn Backend> + Send + Sync>;
+
+/// Returns a decorator that adds nothing.
+pub(crate) fn undecorated() -> DecorateBackend {
+    Arc::new(|backend| backend)
+}
+
+/// Makes the backends that `config` names, and a constructor for the backends of other kinds. Each
+/// of them passes through `decorate`.
+pub(crate) fn backends(config: &DaemonConfig, decorate: &DecorateBackend) -> Backends {
+    let families = ALL.iter().map(|registration| registration.family(config, Arc::clone(decorate)));
     Backends::new(id::BackendName::new(config.default_backend.as_str()), families)
 }
 
@@ -108,7 +117,7 @@ pub(crate) fn find(name: &id::BackendName) -> Option<&'static Registration> {
 }
 
 impl Registration {
-    fn family(&'static self, config: &DaemonConfig) -> BackendFamily {
+    fn family(&'static self, config: &DaemonConfig, decorate: DecorateBackend) -> BackendFamily {
         let current = match (&config.hypervisor(self.name).endpoint, self.libvirt) {
             // The loader accepts a libvirt URI for QEMU only, so the last arm's libvirt case never
             // occurs. Starting VMMs is the safe answer there.
@@ -117,7 +126,7 @@ impl Registration {
             (Endpoint::Managed, _) | (Endpoint::Libvirt(_), None) => (self.managed)(config),
         };
         let config = config.clone();
-        BackendFamily::new(current, move |kind| self.of_kind(&config, kind))
+        BackendFamily::new(decorate(current), move |kind| self.of_kind(&config, kind).map(&*decorate))
     }
 
     /// Makes the backend for VMs of a kind other than the one that the endpoint names.

@@ -18,6 +18,7 @@ use crate::api::VmHandlers;
 use crate::backends::backends;
 use crate::config::{DaemonConfig, LoadedConfig, is_loopback};
 use crate::health;
+use crate::metrics::{self, Metrics};
 use crate::notify::ServiceManager;
 use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
@@ -33,8 +34,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Another daemon holds the state directory, the state directory is unusable, or the address cannot
 /// be bound.
 pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
-    let LoadedConfig { config, warnings, .. } = loaded;
-    for warning in &warnings {
+    for warning in &loaded.warnings {
         tracing::warn!(detail = %warning, "the configuration has a problem");
     }
     // The limit on open files is raised before anything is opened and before any VMM is started,
@@ -47,29 +47,38 @@ pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
     // there is read. It is declared before the store and is therefore released after it. The
     // address is bound before the service starts, so that an address in use ends the program before
     // any VM is touched. Clients that connect meanwhile wait in the backlog of the socket.
-    let _lock = StateLock::acquire(&config.state_dir)?;
-    let listener = bind(&config).await?;
+    let _lock = StateLock::acquire(&loaded.config.state_dir)?;
+    let listener = bind(&loaded.config).await?;
+    let (metrics_listener, no_metrics) = metrics::bind(&loaded).await?;
+    let metrics = Metrics::new();
+    let config = loaded.config;
     let store = SqliteStore::open(&config.state_dir)
         .with_context(|| format!("the state in {} cannot be opened", config.state_dir.display()))?;
     // The runtime directory is signed before the service starts, because the service makes run
     // folders there. `VmService::start` then takes over the VMs that are on record.
     runtime_dir::sign(&config, store.instance());
     let store = Arc::new(store);
-    let service = VmService::start(Arc::clone(&store) as _, backends(&config), settings(&config)).await?;
+    let backends = backends(&config, &metrics.decorate_backends());
+    let service =
+        VmService::start(metrics.measured_store(Arc::clone(&store) as _), backends, settings(&config))
+            .await?;
 
     let address = listener.local_addr()?;
     tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
     let router = Arc::new(VmHandlers::new(service.clone())).register(connectrpc::Router::new());
-    let pages = health::pages(service.clone(), exposure(address).into_iter().collect());
+    let pages = health::pages(service.clone(), exposure(address).into_iter().chain(no_metrics).collect());
     // Looking for leftovers reads the whole host and takes time, so it runs beside the daemon. It
     // only writes to the log.
     let healthy = service.clone();
     tokio::spawn(operator::report_leftovers(config.clone()).instrument(tracing::info_span!("leftovers")));
     let options = ServeOptions {
         host_policy: HostPolicy::Known(config.allowed_hosts.clone()),
+        call_meter: Some(metrics.call_meter()),
         is_healthy: Some(Arc::new(move || health::problem(&healthy).is_none())),
         ..connections
     };
+    let page = metrics.page(service.clone(), config.otel.prometheus_vms);
+    let page = metrics_listener.map(|listener| tokio::spawn(page.serve(listener)));
     // The service manager gets "ready" when the socket is bound and the VMs are known. A call that
     // arrives from now on is answered.
     manager.ready();
@@ -94,6 +103,9 @@ pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
         ),
     }
     alive.abort();
+    if let Some(page) = page {
+        page.abort();
+    }
     // Closing the database writes the changes that are still queued. The next daemon then finds an
     // empty log and no lock.
     if let Err(error) = store.close().await {

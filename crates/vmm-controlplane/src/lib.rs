@@ -3,7 +3,7 @@
 //!
 //! `main.rs` reads the command line, [`config`] loads the settings, and `backends` is the registry
 //! of hypervisors. [`daemon`] puts the parts together. [`rpc`] is the HTTP server, [`api`] has the
-//! handlers, and [`health`] the health pages. [`operator`] has the subcommands for a person on the
+//! handlers, [`health`] the health pages, and `metrics` the page for Prometheus. [`operator`] has the subcommands for a person on the
 //! host, `runtime_dir` has the warnings about that directory, and [`telemetry`] the log.
 
 pub mod api;
@@ -14,6 +14,7 @@ pub mod daemon;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod health;
+mod metrics;
 mod notify;
 pub mod operator;
 pub mod rpc;

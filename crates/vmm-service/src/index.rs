@@ -250,6 +250,11 @@ impl Index {
         Some(VmView { record: Arc::clone(&shown.record), metrics })
     }
 
+    /// Returns the last sample of one creation, if its VMM runs.
+    pub(crate) fn metrics(&self, uid: VmUid) -> Option<Metrics> {
+        self.read().by_uid.get(&uid)?.shown().metrics.as_ref().and_then(LatestMetrics::get)
+    }
+
     /// Finds a VM's record by name, with the last event that the record shows.
     pub(crate) fn get_at(&self, vm_id: &VmId) -> Option<(Arc<VmRecord>, EventSeq)> {
         let inner = self.read();

@@ -15,7 +15,7 @@ use vmm_core::state::VmState;
 use vmm_core::store::VmRecord;
 
 use crate::error::ServiceError;
-use crate::index::{Index, ListFilter, ListPosition};
+use crate::index::{Index, ListFilter, ListPosition, VmView};
 
 /// The page size if the client gives none.
 const DEFAULT_PAGE: usize = 100;
@@ -75,6 +75,13 @@ pub(crate) fn list(index: &Index, query: &ListQuery) -> Result<VmPage, ServiceEr
         Some(_) | None => String::new(),
     };
     Ok(VmPage { vms, next_page_token, total_count })
+}
+
+/// Reads the VMs that are RUNNING or PAUSED, oldest first.
+pub(crate) fn live(index: &Index) -> Vec<VmView> {
+    let filter = ListFilter { states: VmState::ALL.map(VmState::is_live), ..ListFilter::default() };
+    let (records, _) = index.list(&filter, None);
+    records.map(|record| VmView { metrics: index.metrics(record.uid), record }).collect()
 }
 
 /// Reads every VM that matches, keeps the first `limit` behind `after`, and counts them all.

@@ -39,6 +39,8 @@ pub struct Metrics {
     /// The share of all the VM's vCPUs since the sample before, 0 to 100. It is 0 if it could not
     /// be read.
     pub cpu_usage_percent: f64,
+    /// The CPU time since the run began, or `None` if it could not be read.
+    pub cpu_time: Option<Duration>,
     /// The resident memory of the VMM in bytes, or `None` if it could not be read.
     pub memory_bytes: Option<u64>,
     /// The network counters since the run began, or `None` if none could be read.
@@ -254,6 +256,7 @@ fn metrics_of(
     };
     Some(Metrics {
         cpu_usage_percent: before.zip(*cpu_time).map_or(0.0, share),
+        cpu_time: *cpu_time,
         memory_bytes: *memory_bytes,
         network: *network,
         storage: *storage,

@@ -363,6 +363,12 @@ impl VmService {
         listing::list(&self.shared.index, query)
     }
 
+    /// Returns the VMs that are RUNNING or PAUSED, oldest first, each with its last sample. Never
+    /// waits for a VMM.
+    pub fn live(&self) -> Vec<VmView> {
+        listing::live(&self.shared.index)
+    }
+
     /// Watches the changes of VMs.
     ///
     /// # Errors

@@ -79,6 +79,7 @@ impl World {
             ("UNKEY_VMCP_ADDRESS", "127.0.0.1".to_owned()),
             ("UNKEY_VMCP_BACKEND", "qemu".to_owned()),
             ("UNKEY_VMCP_QEMU_KVM", "false".to_owned()),
+            ("UNKEY_VMCP_OTEL_PROMETHEUS_ENABLED", "false".to_owned()),
             ("UNKEY_VMCP_STATE_DIR", folder("state")),
             ("UNKEY_VMCP_RUNTIME_DIR", folder("run")),
             (BE_THE_DAEMON, "1".to_owned()),

@@ -146,6 +146,7 @@ impl Loader<'_> {
         let endpoint = self.text(S::OtelEndpoint, values::otel_endpoint);
         let prometheus_enabled = self.text(S::OtelPrometheusEnabled, values::boolean);
         let prometheus_port = self.text(S::OtelPrometheusPort, values::port);
+        let prometheus_vms = self.text(S::OtelPrometheusVms, values::boolean);
         Some(OtelConfig {
             enabled: enabled?,
             service_name: service_name?,
@@ -154,6 +155,7 @@ impl Loader<'_> {
             endpoint: endpoint?,
             prometheus_enabled: prometheus_enabled?,
             prometheus_port: prometheus_port?,
+            prometheus_vms: prometheus_vms?,
         })
     }
 

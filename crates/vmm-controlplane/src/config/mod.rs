@@ -75,6 +75,8 @@ pub struct OtelConfig {
     pub prometheus_enabled: bool,
     /// The TCP port of the Prometheus page; 0 lets the system choose.
     pub prometheus_port: u16,
+    /// True if the page has samples of each VM.
+    pub prometheus_vms: bool,
 }
 
 /// The daemon's configuration, valid in itself.
@@ -148,4 +150,11 @@ pub struct LoadedConfig {
     pub effective: Vec<EffectiveSetting>,
     /// The warnings, which do not stop the start and are logged.
     pub warnings: Vec<String>,
+}
+
+impl LoadedConfig {
+    /// Returns true if a source gave the setting a value, so that its default is not in effect.
+    pub fn is_given(&self, setting: Setting) -> bool {
+        self.effective.iter().any(|entry| entry.setting == setting && entry.origin != Origin::Default)
+    }
 }

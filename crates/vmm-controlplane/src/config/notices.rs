@@ -134,14 +134,6 @@ pub(super) fn warnings(
             Setting::OtelEndpoint,
         ],
     ));
-    if config.otel.prometheus_enabled {
-        let settings = [Setting::OtelPrometheusEnabled, Setting::OtelPrometheusPort];
-        warnings.extend(without_effect(
-            given,
-            "the Prometheus page is not served by this version yet",
-            &settings,
-        ));
-    }
     warnings.extend(retired::warnings(env));
     warnings.extend(unknown_variables(env));
     warnings

@@ -150,6 +150,8 @@ settings! {
         OtelPrometheusEnabled = "otel_prometheus_enabled" <"true|false"> Text("true");
         /// TCP port of the Prometheus page; 0 lets the system choose a free one.
         OtelPrometheusPort = "otel_prometheus_port" <"PORT"> Text("9464");
+        /// Samples of each running VM on the Prometheus page; false keeps a large fleet's page small.
+        OtelPrometheusVms = "otel_prometheus_vms" <"true|false"> Text("true");
     }
 }
 

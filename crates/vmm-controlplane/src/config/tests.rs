@@ -85,6 +85,7 @@ fn the_defaults_are_those_of_the_contract() {
             endpoint: "localhost:4318".into(),
             prometheus_enabled: true,
             prometheus_port: 9464,
+            prometheus_vms: true,
         },
     };
     assert_eq!(config, want);
@@ -150,6 +151,7 @@ fn absent_flags_never_override_variables() {
         (Setting::OtelEndpoint, "c:1"),
         (Setting::OtelPrometheusEnabled, "false"),
         (Setting::OtelPrometheusPort, "0"),
+        (Setting::OtelPrometheusVms, "false"),
     ];
     assert_eq!(values.map(|(setting, _)| setting), *Setting::ALL);
     let by_source = |origin: &dyn Fn(Setting) -> String, loaded: &LoadedConfig| {
@@ -330,8 +332,6 @@ fn ineffective_and_dangerous_settings_cause_warnings() {
             &["--otel-endpoint=c:1", "--otel-sampling-rate=0.5"],
             "no effect: UNKEY_VMCP_OTEL_SAMPLING_RATE, UNKEY_VMCP_OTEL_ENDPOINT (",
         ),
-        (&["--otel-prometheus-port=1"], "UNKEY_VMCP_OTEL_PROMETHEUS_PORT (the Prometheus page"),
-        (&["--otel-prometheus-enabled=true"], "UNKEY_VMCP_OTEL_PROMETHEUS_ENABLED (the Prometheus page"),
         (&["--default-initrd=/i"], "UNKEY_VMCP_DEFAULT_INITRD has no effect without a default kernel"),
     ] {
         let warnings = good(args, &[]).warnings;
@@ -340,7 +340,7 @@ fn ineffective_and_dangerous_settings_cause_warnings() {
     for args in [
         &["--address=127.0.0.2"][..],
         &["--address=localhost"],
-        &["--otel-prometheus-enabled=false"],
+        &["--otel-prometheus-enabled=true", "--otel-prometheus-port=1"],
         &["--default-kernel=/k", "--default-initrd=/i"],
         &["--default-initrd="],
     ] {

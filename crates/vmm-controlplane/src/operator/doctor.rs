@@ -142,7 +142,7 @@ fn database(config: &DaemonConfig) -> DoctorCheck {
 async fn hypervisors(config: &DaemonConfig) -> (Vec<DoctorCheck>, Vec<vmm_core::backend::KernelFormat>) {
     let held = held_qemus::held_by_daemon(config);
     let (asked, asks_qemu) = without_held_sockets(config, &held);
-    let backends = backends::backends(&asked);
+    let backends = backends::backends(&asked, &backends::undecorated());
     backends.refresh().await;
     let default = backends.default_name().clone();
     let mut checks = Vec::new();

@@ -31,6 +31,7 @@ use http_body_util::{BodyExt as _, Full};
 use tracing::Span;
 
 use super::body;
+use super::call_meter::CallMeter;
 use super::error::{cut_to_trailer_limit, sendable_text};
 
 /// The number of failures of one method with one code that are logged as warnings within
@@ -155,7 +156,11 @@ impl Interceptor for ErrorInterceptor {
 /// The number of failures of each method and code that were logged recently. Clones share one
 /// count.
 #[derive(Clone, Default)]
-pub(super) struct FailureCounts(Arc<Mutex<HashMap<(String, ErrorCode), CountWindow>>>);
+pub(super) struct FailureCounts {
+    windows: Arc<Mutex<HashMap<(String, ErrorCode), CountWindow>>>,
+    /// Counts the requests that reach no method.
+    meter: Option<Arc<dyn CallMeter>>,
+}
 
 /// The number of failures since the window began.
 struct CountWindow {
@@ -164,10 +169,17 @@ struct CountWindow {
 }
 
 impl FailureCounts {
+    pub(super) fn new(meter: Option<Arc<dyn CallMeter>>) -> Self {
+        Self { windows: Arc::default(), meter }
+    }
+
     /// Logs a failure. `procedure` is a method of this server or empty, so the number of windows
     /// stays small.
     fn failed(&self, procedure: &str, error: &ConnectError, duration_ms: u64) {
         let (reason, outcome) = (error.code.as_str(), "failed");
+        if let Some(meter) = self.meter.as_ref().filter(|_| procedure.is_empty()) {
+            meter.refused(reason);
+        }
         let detail = sendable_text(error.message.clone().unwrap_or_default(), MAX_TEXT);
         // A wait that ended at its deadline is an answer that the client asked for, and no failure.
         let is_answer = procedure.ends_with("/WaitVm") && error.code == ErrorCode::DeadlineExceeded;
@@ -189,7 +201,7 @@ impl FailureCounts {
     /// Returns the number of lines suppressed in the window before, if one more line may be logged
     /// at `now`.
     fn admit(&self, procedure: &str, code: ErrorCode, now: Instant) -> Option<u32> {
-        let mut windows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         // The count includes the failures that were not logged. When a window has passed, those
         // beyond PER_WINDOW are the number that the next line reports, and a new window begins with
         // this failure.

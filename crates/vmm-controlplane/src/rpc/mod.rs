@@ -19,7 +19,8 @@
 //!   paths.rs ── /_/health …  ─────────────► the caller's pages
 //!      │    └── /cloudhypervisor.v1.… , unknown path, wrong verb or Content-Type ──► an error
 //!      ▼
-//!   connectrpc ── interceptors.rs  panics → INTERNAL, streams end at shutdown,
+//!   connectrpc ── call_meter.rs    the number, code and time of the calls
+//!      │          ── interceptors.rs  panics → INTERNAL, streams end at shutdown,
 //!      │                      Authorization and Idempotency-Key are refused
 //!      │
 //!      │    entries.rs       refuses requests with too many entries
@@ -33,6 +34,7 @@
 mod activity;
 mod body;
 mod builtin;
+mod call_meter;
 mod connection;
 mod connection_slots;
 pub(crate) mod entries;
@@ -57,6 +59,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
 
+pub use call_meter::CallMeter;
 pub use connectrpc_health::{StaticChecker, Status};
 pub use host::HostPolicy;
 pub use options::{IsHealthy, ServeOptions};
@@ -107,7 +110,7 @@ pub async fn serve(
         .layer(axum::middleware::from_fn_with_state(Arc::new(options.host_policy.clone()), host::check))
         .layer(CatchPanicLayer::custom(interceptors::page_panicked))
         .layer(axum::middleware::from_fn_with_state(
-            failure_log::FailureCounts::default(),
+            failure_log::FailureCounts::new(options.call_meter.clone()),
             request_id::attach,
         ));
 
@@ -141,9 +144,13 @@ fn rpc_service(
     let deadlines = DeadlinePolicy::new()
         .with_max(options.max_call_timeout)
         .with_default_timeout(options.max_call_timeout);
-    Ok(ConnectRpcService::new(router)
-        .with_limits(limits)
-        .with_deadline_policy(deadlines)
+    let service = ConnectRpcService::new(router).with_limits(limits).with_deadline_policy(deadlines);
+    // The first interceptor is the outermost, so the meter sees the code that the client gets.
+    let service = match options.call_meter.clone() {
+        Some(meter) => service.with_interceptor(call_meter::MeterInterceptor::new(meter)),
+        None => service,
+    };
+    Ok(service
         .with_interceptor(interceptors::PanicInterceptor)
         .with_interceptor(interceptors::DrainInterceptor::new(draining))
         .with_interceptor(failure_log::ErrorInterceptor)

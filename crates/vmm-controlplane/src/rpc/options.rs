@@ -7,7 +7,7 @@ use connectrpc::envelope;
 use connectrpc_health::{HEALTH_SERVICE_NAME, StaticChecker};
 use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
-use super::HostPolicy;
+use super::{CallMeter, HostPolicy};
 
 /// Returns true if the API can serve. The function is called often and from several threads, so it
 /// must not wait.
@@ -23,6 +23,8 @@ pub struct ServeOptions {
     pub health: Arc<StaticChecker>,
     /// The function that the gRPC health service asks. Default: none, and `health` decides alone.
     pub is_healthy: Option<IsHealthy>,
+    /// The receiver of the measurements of calls. Default: none.
+    pub call_meter: Option<Arc<dyn CallMeter>>,
     /// The longest request message in bytes, after decompression, on every protocol. Default: 4
     /// MiB.
     pub max_message_bytes: usize,
@@ -73,6 +75,7 @@ impl Default for ServeOptions {
             host_policy: HostPolicy::default(),
             health: Arc::new(StaticChecker::with_services([VM_SERVICE_SERVICE_NAME, HEALTH_SERVICE_NAME])),
             is_healthy: None,
+            call_meter: None,
             max_message_bytes: 4 << 20,
             header_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(120),

@@ -16,6 +16,7 @@ use tracing_subscriber::fmt::format::JsonFields;
 
 use line::Form;
 use queue::LogQueue;
+pub(crate) use queue::dropped_lines;
 
 /// The memory for lines that wait to be written, in bytes. Some 2,000 lines fit.
 const CAPACITY: usize = 1 << 20;

@@ -16,11 +16,20 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use tracing_subscriber::fmt::MakeWriter;
+
+/// The number of lines that were dropped since the program began, over all queues.
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
+/// Returns the number of log lines that were dropped since the program began.
+pub(crate) fn dropped_lines() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
+}
 
 /// The log lines that wait for the writer. Clones share one queue.
 #[derive(Clone)]
@@ -40,6 +49,13 @@ struct LogQueueState {
     dropped: u64,
     /// True while the writer's thread writes a line that it has taken out of `lines`.
     writing: bool,
+}
+
+impl LogQueueState {
+    fn count_dropped(&mut self) {
+        self.dropped += 1;
+        DROPPED.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl LogQueue {
@@ -72,7 +88,7 @@ impl LogQueue {
     pub(super) fn push(&self, line: &[u8]) {
         let mut state = self.state();
         if state.bytes.saturating_add(line.len()) > self.0.capacity {
-            state.dropped += 1;
+            state.count_dropped();
             return;
         }
         // `bytes` counts the lines in the queue and not the one that is being written, so the
@@ -135,7 +151,7 @@ impl LogQueue {
             let has_room = state.bytes <= self.0.capacity / 2;
             (has_room && state.dropped > 0).then(|| std::mem::take(&mut state.dropped))
         } else {
-            state.dropped += 1;
+            state.count_dropped();
             None
         };
         drop(state);

@@ -89,6 +89,8 @@ impl World {
             ("UNKEY_VMCP_CONFIG".to_owned(), "/dev/null".to_owned()),
             ("UNKEY_VMCP_ADDRESS".to_owned(), "127.0.0.1".to_owned()),
             ("UNKEY_VMCP_PORT".to_owned(), "0".to_owned()),
+            // Its port is one for the whole host.
+            ("UNKEY_VMCP_OTEL_PROMETHEUS_ENABLED".to_owned(), "false".to_owned()),
             ("UNKEY_VMCP_BACKEND".to_owned(), "qemu".to_owned()),
             ("UNKEY_VMCP_QEMU_KVM".to_owned(), "false".to_owned()),
             ("UNKEY_VMCP_METRICS_INTERVAL".to_owned(), "1".to_owned()),
@@ -207,12 +209,17 @@ impl World {
         (status.code(), daemon.log.iter().collect())
     }
 
+    /// The lines that the daemon logged before it served, as JSON.
+    #[allow(dead_code, reason = "as above")]
+    pub(crate) fn log_at_start(&self) -> Vec<Value> {
+        let lines = self.daemon.as_ref().expect("a daemon runs").at_start.iter();
+        lines.filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
     /// The warnings that the daemon logged before it served, as JSON.
     #[allow(dead_code, reason = "as above")]
     pub(crate) fn warnings_at_start(&self) -> Vec<Value> {
-        let lines = self.daemon.as_ref().expect("a daemon runs").at_start.iter();
-        let parsed = lines.filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        parsed.filter(|line| line["level"] == "WARN").collect()
+        self.log_at_start().into_iter().filter(|line| line["level"] == "WARN").collect()
     }
 
     /// The daemon's process id.

@@ -33,6 +33,7 @@ mod libvirt_session;
 mod lifecycle;
 mod log;
 mod log_lines;
+mod metrics;
 mod operator;
 mod recovery;
 mod run_folders;
