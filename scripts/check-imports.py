@@ -33,6 +33,8 @@ ALLOWED = {
     "vmm-conformance": {"vmm-controlplane"},
     # A client like any other: it knows the API and nothing of the daemon.
     "vmcp": {"vmm-proto"},
+    # The example for users, in clients/rust.
+    "vmm-client-example": {"vmm-proto"},
 }
 # The crates that every crate may import for its tests. (A test of the daemon may use everything that the daemon uses.)
 TEST_ONLY = {"vmm-testkit"}
