@@ -94,9 +94,10 @@ check "cargo fmt" cargo fmt --all --check
 check "cargo clippy" cargo clippy --workspace --all-targets --quiet -- -D warnings
 check "direction of imports" scripts/check-imports.sh
 check "commit messages" scripts/check-commits.sh
-check_with shellcheck "shell scripts" shellcheck -x .ci/run scripts/*.sh clients/*.sh clients/*/test.sh
+check_with shellcheck "shell scripts" shellcheck -x .ci/run scripts/*.sh clients/*.sh clients/*/*.sh
 check_with cargo-deny "licences, bans and sources" cargo deny check licenses bans sources
 check_with buf "API: style and compatibility" scripts/check-api.sh
+check "same steps in every client" clients/compare-steps.sh
 libvirt_helper
 rust_tests
 client_tests

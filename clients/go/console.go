@@ -17,6 +17,8 @@ func console(ctx context.Context, dialect dialect, address string) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	client, _ := dialect.connectTo(address)
+
+	// Step 1: BootVm starts a guest that echoes its input.
 	guest := life{client: client, id: "go-console", kernel: os.Getenv("VMCP_TEST_ECHO_KERNEL")}
 	if err := guest.create(ctx); err != nil {
 		return err
@@ -25,6 +27,8 @@ func console(ctx context.Context, dialect dialect, address string) error {
 	if _, err := client.BootVm(ctx, connect.NewRequest(&vmmv1.BootVmRequest{VmId: guest.id})); err != nil {
 		return err
 	}
+
+	// Step 2: StreamConsole sends the output from the first message on.
 	stream, err := client.StreamConsole(ctx, connect.NewRequest(&vmmv1.StreamConsoleRequest{VmId: guest.id, Follow: true}))
 	if err != nil {
 		return err
@@ -43,6 +47,8 @@ func console(ctx context.Context, dialect dialect, address string) error {
 	if err := until("kind=echo"); err != nil {
 		return err
 	}
+
+	// Step 3: WriteConsole types a line, and the guest echoes the line.
 	line := &vmmv1.WriteConsoleRequest{VmId: guest.id, Data: []byte("hello from Go\r")}
 	if _, err := client.WriteConsole(ctx, connect.NewRequest(line)); err != nil {
 		return err
@@ -50,6 +56,8 @@ func console(ctx context.Context, dialect dialect, address string) error {
 	if err := until("hello from Go"); err != nil {
 		return err
 	}
+
+	// Step 4: DeleteVm ends the stream, without an error.
 	if err := guest.delete(ctx); err != nil {
 		return err
 	}

@@ -97,38 +97,50 @@ func (l life) run(ctx context.Context) error {
 		return l.client.PauseVm(ctx, connect.NewRequest(&vmmv1.PauseVmRequest{VmId: l.id}))
 	}
 	steps := []func() error{
+		// Step 1: CreateVm records the VM.
 		func() error { return l.create(ctx) },
 		func() error { return l.look(ctx, vmmv1.VmState_VM_STATE_CREATED) },
+		// Step 2: PauseVm is refused before the boot.
 		func() error {
 			_, err := pause()
 			return refused("PauseVm before the boot", connect.CodeFailedPrecondition, err)
 		},
+		// Step 3: BootVm starts the guest.
 		boot,
+		// Step 4: BootVm of a running VM has nothing to do.
 		boot,
 		func() error { return l.look(ctx, running) },
+		// Step 5: PauseVm stops the guest's processors.
 		func() error {
 			response, err := pause()
 			return expect("PauseVm", vmmv1.VmState_VM_STATE_PAUSED, response, err)
 		},
+		// Step 6: ResumeVm starts the processors again.
 		func() error {
 			response, err := l.client.ResumeVm(ctx, connect.NewRequest(&vmmv1.ResumeVmRequest{VmId: l.id}))
 			return expect("ResumeVm", running, response, err)
 		},
+		// Step 7: RebootVm starts the guest anew.
 		func() error {
 			response, err := l.client.RebootVm(ctx, connect.NewRequest(&vmmv1.RebootVmRequest{VmId: l.id, Force: true}))
 			return expect("RebootVm", running, response, err)
 		},
+		// Step 8: ShutdownVm ends the guest.
 		func() error {
 			response, err := l.client.ShutdownVm(ctx, connect.NewRequest(&vmmv1.ShutdownVmRequest{VmId: l.id, Force: true}))
 			return expect("ShutdownVm", shutdown, response, err)
 		},
 		func() error { return l.look(ctx, shutdown) },
+		// Step 9: BootVm starts the guest again.
 		boot,
+		// Step 10: DeleteVm of a running VM is refused without force.
 		func() error {
 			_, err := l.client.DeleteVm(ctx, connect.NewRequest(&vmmv1.DeleteVmRequest{VmId: l.id}))
-			return refused("DeleteVm while it runs", connect.CodeFailedPrecondition, err)
+			return refused("DeleteVm of a running VM", connect.CodeFailedPrecondition, err)
 		},
+		// Step 11: DeleteVm with force removes the VM.
 		func() error { return l.delete(ctx) },
+		// Step 12: GetVmInfo does not find the VM.
 		func() error {
 			_, err := l.client.GetVmInfo(ctx, connect.NewRequest(&vmmv1.GetVmInfoRequest{VmId: l.id}))
 			return refused("GetVmInfo after DeleteVm", connect.CodeNotFound, err)

@@ -41,10 +41,10 @@ func main() {
 	for i, dialect := range dialects() {
 		client, recorder := dialect.connectTo(address)
 		report("lifecycle over "+dialect.name, life{client, fmt.Sprintf("go-%d", i), kernel}.run(ctx))
+		report("a watch over "+dialect.name, watch(ctx, dialect, address, fmt.Sprintf("go-watch-%d", i), kernel))
+		report("a console over "+dialect.name, console(ctx, dialect, address))
 		report("violations over "+dialect.name, violations(ctx, dialect, address))
 		report("many violations over "+dialect.name, manyViolations(ctx, dialect, address, kernel))
-		report("a stream over "+dialect.name, stream(ctx, dialect, address))
-		report("a console over "+dialect.name, console(ctx, dialect, address))
 		report("it was "+dialect.name, dialect.proveSpoken(recorder))
 	}
 	for _, dialect := range dialects()[:3] {
@@ -138,24 +138,6 @@ func manyViolations(ctx context.Context, dialect dialect, address, kernel string
 		return fmt.Errorf("%d bytes of metadata, %d details, message %q", size, len(failure.Details()), failure.Message())
 	}
 	return nil
-}
-
-// stream reads a watch up to the event that ends the present states.
-func stream(ctx context.Context, dialect dialect, address string) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	client, _ := dialect.connectTo(address)
-	events, err := client.WatchVms(ctx, connect.NewRequest(&vmmv1.WatchVmsRequest{}))
-	if err != nil {
-		return err
-	}
-	defer func() { _ = events.Close() }()
-	for events.Receive() {
-		if events.Msg().Type == "synced" {
-			return nil
-		}
-	}
-	return fmt.Errorf("the stream ended before it was synced: %w", events.Err())
 }
 
 // readsByGet makes both reads, and fails unless they went as GET.

@@ -1,7 +1,7 @@
 // Asks the daemon's reflection service for the API's descriptors and runs protoc-gen-es on them: neither protoc nor buf is
 // needed, and the use of reflection tests it.
 //
-//   daemon ── grpc.reflection.v1 ──► descriptors ──► protoc-gen-es ──► gen/vmm/v1/vm_pb.js, gen/google/rpc/…_pb.js
+//   daemon ── grpc.reflection.v1 ──► descriptors ──► protoc-gen-es ──► gen/vmm/v1/vm_pb.ts, gen/google/rpc/…_pb.ts
 //
 // Usage: VMCP_TEST_URL=http://127.0.0.1:PORT node generate.mjs
 
@@ -105,7 +105,7 @@ const files = inOrder(await describe(["vmm.v1.VmService", "google.rpc.BadRequest
 const request = create(CodeGeneratorRequestSchema, {
   // What google/protobuf/ holds comes with the library.
   fileToGenerate: files.map((file) => file.name).filter((name) => !name.startsWith("google/protobuf/")),
-  parameter: "target=js",
+  parameter: "target=ts,import_extension=js",
   protoFile: files,
 });
 const plugin = spawnSync(process.execPath, [join(here, "node_modules/@bufbuild/protoc-gen-es/bin/protoc-gen-es")], {

@@ -7,6 +7,9 @@ import guide
 import with_grpc
 import with_json
 from checks import KERNEL, URL, check, equal, finish
+from console import console
+from lifecycle import lifecycle
+from watch import watch
 
 
 def guide_example() -> None:
@@ -26,13 +29,13 @@ def guide_example() -> None:
 check("guide: requests.post", guide_example)
 check("lifecycle over JSON with urllib", with_json.lifecycle)
 check("violations over JSON with urllib", with_json.violations)
-check("lifecycle over gRPC", with_grpc.lifecycle)
+check("lifecycle over gRPC", lifecycle)
+check("a watch over gRPC", watch)
+check("a console over gRPC", console)
 check("violations over gRPC", with_grpc.violations)
 check("more violations over gRPC than metadata has room for", with_grpc.many_violations)
 check("answers over gRPC that are larger than a client takes", with_grpc.large_answers)
 check("more waits on one gRPC connection than the usual limit", with_grpc.many_waits)
-check("a stream over gRPC", with_grpc.stream)
-check("a console over gRPC", with_grpc.console)
 check("gRPC health", with_grpc.health)
 check("gRPC reflection, v1alpha", with_grpc.reflection)
 finish()

@@ -1,7 +1,5 @@
 """Tests the API over gRPC, with generated stubs, and the standard services for health and reflection."""
 
-from urllib.parse import urlsplit
-
 import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.rpc.error_details_pb2 import BadRequest
@@ -9,58 +7,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 from vmm.v1 import vm_pb2 as pb
-from vmm.v1 import vm_pb2_grpc
 
-from checks import ECHO_KERNEL, KERNEL, MEMORY, URL, equal
-
-channel = grpc.insecure_channel(urlsplit(URL).netloc)
-vms = vm_pb2_grpc.VmServiceStub(channel)
-TIMEOUT = 60  # seconds
-
-
-def refused(code: grpc.StatusCode, method: grpc.UnaryUnaryMultiCallable, request: object) -> grpc.RpcError:
-    """Calls a method that must fail, and returns the error."""
-    try:
-        answer = method(request, timeout=TIMEOUT)
-    except grpc.RpcError as error:
-        equal((error.code(), bool(error.details())), (code, True))
-        return error
-    raise AssertionError(f"it was accepted: {answer}; {code} was expected")
-
-
-def expect(method: grpc.UnaryUnaryMultiCallable, request: object, state: int) -> None:
-    """Calls a method that changes the state, and checks its answer and the reads after it."""
-    answer = method(request, timeout=TIMEOUT)
-    equal((answer.success, answer.state), (True, state))
-    equal(vms.GetVmInfo(pb.GetVmInfoRequest(vm_id=request.vm_id), timeout=TIMEOUT).state, state)
-
-
-def lifecycle() -> None:
-    """Takes one VM from its creation to its deletion."""
-    vm = {"vm_id": "python-grpc"}
-    config = pb.VmConfig(
-        cpu=pb.CpuConfig(vcpu_count=1),
-        memory=pb.MemoryConfig(size_bytes=MEMORY),
-        boot=pb.BootConfig(kernel_path=KERNEL),
-        metadata={"made_by": "python-grpc"},
-    )
-    created = vms.CreateVm(pb.CreateVmRequest(**vm, config=config), timeout=TIMEOUT)
-    equal((created.vm_id, created.state), ("python-grpc", pb.VM_STATE_CREATED))
-    refused(grpc.StatusCode.FAILED_PRECONDITION, vms.PauseVm, pb.PauseVmRequest(**vm))
-    expect(vms.BootVm, pb.BootVmRequest(**vm), pb.VM_STATE_RUNNING)
-    expect(vms.PauseVm, pb.PauseVmRequest(**vm), pb.VM_STATE_PAUSED)
-    expect(vms.ResumeVm, pb.ResumeVmRequest(**vm), pb.VM_STATE_RUNNING)
-    expect(vms.RebootVm, pb.RebootVmRequest(**vm, force=True), pb.VM_STATE_RUNNING)
-    info = vms.GetVmInfo(pb.GetVmInfoRequest(**vm), timeout=TIMEOUT)
-    equal((info.config.memory.size_bytes, info.config.boot.kernel_path), (MEMORY, KERNEL))
-    request = pb.ListVmsRequest(state_filter=[pb.VM_STATE_RUNNING], metadata_filter={"made_by": "python-grpc"})
-    found = vms.ListVms(request, timeout=TIMEOUT)
-    equal((found.total_count, [vm.vm_id for vm in found.vms]), (1, ["python-grpc"]))
-    expect(vms.ShutdownVm, pb.ShutdownVmRequest(**vm, force=True), pb.VM_STATE_SHUTDOWN)
-    expect(vms.BootVm, pb.BootVmRequest(**vm), pb.VM_STATE_RUNNING)
-    refused(grpc.StatusCode.FAILED_PRECONDITION, vms.DeleteVm, pb.DeleteVmRequest(**vm))
-    equal(vms.DeleteVm(pb.DeleteVmRequest(**vm, force=True), timeout=TIMEOUT).success, True)
-    refused(grpc.StatusCode.NOT_FOUND, vms.GetVmInfo, pb.GetVmInfoRequest(**vm))
+from api import TIMEOUT, channel, refused, vms
+from checks import KERNEL, MEMORY, equal
 
 
 def violations() -> None:
@@ -137,40 +86,6 @@ def many_waits() -> None:
         for wait in waits:
             wait.cancel()
         vms.DeleteVm(pb.DeleteVmRequest(**vm, force=True), timeout=TIMEOUT)
-
-
-def stream() -> None:
-    """Reads a watch up to the event that ends the present states."""
-    for event in vms.WatchVms(pb.WatchVmsRequest(), timeout=20):
-        if event.type == "synced":
-            return
-    raise AssertionError("the stream ended before it was synced")
-
-
-def console() -> None:
-    """Reads the console of a guest from its first message on, types a line, and reads the guest's echo."""
-    vm = {"vm_id": "python-console"}
-    config = pb.VmConfig(
-        cpu=pb.CpuConfig(vcpu_count=1),
-        memory=pb.MemoryConfig(size_bytes=MEMORY),
-        boot=pb.BootConfig(kernel_path=ECHO_KERNEL),
-    )
-    vms.CreateVm(pb.CreateVmRequest(**vm, config=config), timeout=TIMEOUT)
-    try:
-        vms.BootVm(pb.BootVmRequest(**vm), timeout=TIMEOUT)
-        output, typed, deleted = b"", False, False
-        for message in vms.StreamConsole(pb.StreamConsoleRequest(**vm, follow=True), timeout=TIMEOUT):
-            output += message.data
-            if not typed and b"kind=echo" in output:
-                vms.WriteConsole(pb.WriteConsoleRequest(**vm, data=b"hello from Python\r"), timeout=TIMEOUT)
-                typed = True
-            if not deleted and b"hello from Python" in output:
-                vms.DeleteVm(pb.DeleteVmRequest(**vm, force=True), timeout=TIMEOUT)
-                deleted = True
-        equal((deleted, output), (True, output))  # the stream ends with the VM, and without an error
-    finally:
-        if vm["vm_id"] in [left.vm_id for left in vms.ListVms(pb.ListVmsRequest(), timeout=TIMEOUT).vms]:
-            vms.DeleteVm(pb.DeleteVmRequest(**vm, force=True), timeout=TIMEOUT)
 
 
 def health() -> None:
