@@ -1,7 +1,7 @@
 # The commands of a newcomer. Each target does everything that it needs, and skips what is already done.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build libvirt-helper demo test bench fuzz chaos conformance
+.PHONY: help setup build libvirt-helper demo test bench fuzz chaos conformance sdk
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -43,3 +43,6 @@ fuzz: ## search for input that breaks a promise, ten minutes for each target; FU
 chaos: setup ## kill the daemon 200 times under load, and create and delete 1,000 VMs on each hypervisor (10 minutes)
 	@VMCP_CHAOS_KILLS=$${VMCP_CHAOS_KILLS:-200} VMCP_CHAOS_CYCLES=$${VMCP_CHAOS_CYCLES:-1000} \
 		cargo test -p vmm-controlplane --test chaos -- --nocapture --test-threads=1 randomised cycles
+
+sdk: setup ## generate the API's packages for Go, TypeScript and Python, in target/sdk
+	@scripts/sdk.sh

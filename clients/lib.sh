@@ -105,6 +105,23 @@ fail() {
     FAILURES=$((FAILURES + 1))
 }
 
+# Prints the example in the README of a generated package, with the daemon's address: readme_example FOLDER MARK-OF-ITS-BLOCK
+readme_example() {
+    sed -n "/^\`\`\`$2\$/,/^\`\`\`\$/p" "$1/README.md" | sed "/^\`\`\`/d; s,localhost:8080,${BASE_URL#http://},"
+}
+
+# Generates the package of a language, installs it by `install_sdk PACKAGE-FOLDER PROJECT-FOLDER` and runs the example of its README, which
+# prints the number of VMs: sdk LANGUAGE
+sdk() {
+    local output name="the $1 package of make sdk"
+    VMCP_SDK_DIR=$WORK/sdk "$ROOT/scripts/sdk.sh" "$1" || { fail "$name" "it could not be generated" && return; }
+    api CreateVm "{\"vm_id\": \"sdk\", \"config\": {\"cpu\": {\"vcpu_count\": 1}, \"memory\": {\"size_bytes\": 134217728},
+        \"boot\": {\"kernel_path\": \"$KERNEL\"}}}" > "$WORK/created" || fail "$name" "no VM: $(cat "$WORK/created")"
+    mkdir "$WORK/project"
+    output=$(install_sdk "$WORK/sdk/$1" "$WORK/project" 2>&1) || true
+    if [ "$(tail -n 1 <<< "$output")" = "VMs: 1" ]; then ok "$name"; else fail "$name" "$output"; fi
+}
+
 # Ends the script with its result, and prints the log of the daemon after a failure.
 finish() {
     [ "$FAILURES" = 0 ] && return 0

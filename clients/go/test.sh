@@ -3,6 +3,14 @@
 # shellcheck source=clients/lib.sh
 . "$(dirname "$0")/../lib.sh"
 
+# Called by `sdk`: the steps of the README.
+# shellcheck disable=SC2317,SC2329
+install_sdk() {
+    readme_example "$1" go > "$2/main.go"
+    cd "$2" && go mod init example.com/project && go mod edit -require=vmm-controlplane@v0.0.0 -replace=vmm-controlplane="$1" &&
+        bounded 120 go mod tidy && bounded 120 go run .
+}
+
 need go
 cd "$CLIENTS/go"
 go env GOVERSION > "$WORK/go" 2>&1 || skip "this Go is too old: $(tail -n 1 "$WORK/go")"
@@ -19,4 +27,5 @@ bounded 120 go vet . ./internal/... || fail "go vet" "see above"
 
 launch UNKEY_VMCP_DEFAULT_KERNEL="$KERNEL"
 bounded 240 "$WORK/go-client" || fail "clients/go" "exit status $?, see above"
+sdk go
 finish

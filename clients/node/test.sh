@@ -5,6 +5,18 @@
 # shellcheck source=clients/node/install.sh
 . "$CLIENTS/node/install.sh"
 
+# Called by `sdk`: the steps of the README, with the versions that the client was tested with, and a check of the types.
+# shellcheck disable=SC2317,SC2329
+install_sdk() {
+    local version=(-p 'Object.entries(require("./package.json").devDependencies).map((pair) => pair.join("@")).filter((name) => name.startsWith("@connectrpc") || name.startsWith("@types")).join(" ")')
+    readme_example "$1" ts > "$2/main.ts"
+    echo '{"name": "project", "private": true, "type": "module"}' > "$2/package.json"
+    # shellcheck disable=SC2046,SC2086  # a list of packages
+    bounded 120 npm install --prefix "$2" --prefer-offline --ignore-scripts --no-audit --no-fund --loglevel=error "$1"/*.tgz $(node "${version[@]}") &&
+        (cd "$2" && bounded 60 "$CLIENTS/node/node_modules/.bin/tsc" --strict --skipLibCheck --target es2022 --module nodenext main.ts &&
+            bounded 60 node main.js)
+}
+
 need_node
 cd "$CLIENTS/node"
 use_daemon
@@ -21,4 +33,5 @@ if bounded 60 node generate.mjs; then
 else
     fail "code from reflection" "see above"
 fi
+if command -v buf > /dev/null; then sdk typescript; else echo "SKIPPED: the typescript package of make sdk: buf is not installed"; fi
 finish
