@@ -186,7 +186,7 @@ async fn connect_when_ready(path: &Path) -> io::Result<UnixStream> {
 ///
 /// A VMM listens at once after it has bound its socket. With a timer of the runtime, each boot that
 /// meets the moment between the two would wait for 1 to 2 ms.
-async fn sleep_for(pause: Duration) {
+pub(crate) async fn sleep_for(pause: Duration) {
     if pause >= TIMER_RESOLUTION {
         return tokio::time::sleep(pause).await;
     }

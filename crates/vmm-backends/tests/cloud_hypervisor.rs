@@ -29,7 +29,7 @@ macro_rules! bench {
 #[tokio::test]
 async fn no_guest_is_configured_before_the_run_permit() {
     let bench = bench!("no_guest_is_configured_before_the_run_permit", TinyGuest::Idle, UNSET);
-    bench.keeps_the_gate().await;
+    bench.keeps_the_gate(true).await;
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use rest_support::{Bench, FORCE, Tap, UNSET, WAIT_TIMEOUT, ask_for, usable};
 use vmm_backends::firecracker::FirecrackerBackend;
 use vmm_core::backend::{
     Adoption, Backend, BackendErrorKind, Effect, ExitCause, GuestState, KernelFormat, ResetOutcome,
+    SpareRequest, SpareVmms,
 };
 use vmm_core::state::EndedBy;
 use vmm_host::process::Signal;
@@ -27,7 +28,7 @@ macro_rules! bench {
 #[tokio::test]
 async fn no_guest_is_configured_before_the_run_permit() {
     let bench = bench!("no_guest_is_configured_before_the_run_permit", TinyGuest::Idle);
-    bench.keeps_the_gate().await;
+    bench.keeps_the_gate(false).await;
 }
 
 #[tokio::test]
@@ -253,6 +254,32 @@ async fn a_failed_launch_is_explained_and_leaves_nothing() {
     assert_eq!(bench.processes(), 0);
     bench.sweep().await;
     bench.sweep().await;
+}
+
+#[tokio::test]
+async fn a_refused_device_is_named_in_the_words_of_the_vmm() {
+    let mut bench = bench!("a_refused_device_is_named_in_the_words_of_the_vmm", TinyGuest::Idle);
+    bench.add_disk("gone");
+    std::fs::remove_file(bench.dir().join("gone.raw")).unwrap();
+    let error = bench.try_launch().await.err().unwrap();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+    assert!(error.message.contains("PUT /drives/disk0"), "{}", error.message);
+    assert!(error.message.contains("No such file"), "{}", error.message);
+    assert_eq!((bench.processes(), bench.console().as_str()), (0, ""));
+}
+
+#[tokio::test]
+async fn a_refused_device_is_named_with_a_spare_vmm_too() {
+    let mut bench = bench!("a_refused_device_is_named_with_a_spare_vmm_too", TinyGuest::Idle);
+    let request =
+        SpareRequest { uid: bench.uid, dir: bench.dir().to_path_buf(), console: bench.console_file() };
+    bench.backend.start_spare(request).await.unwrap();
+    bench.add_disk("gone");
+    std::fs::remove_file(bench.dir().join("gone.raw")).unwrap();
+    let error = bench.try_launch().await.err().unwrap();
+    assert_eq!((error.kind, error.effect), (BackendErrorKind::Rejected, Effect::NotApplied));
+    assert!(error.message.contains("PUT /drives/disk0"), "{}", error.message);
+    assert_eq!(bench.processes(), 0);
 }
 
 #[tokio::test]

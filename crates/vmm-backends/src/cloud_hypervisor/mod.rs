@@ -27,6 +27,7 @@ pub(crate) mod fuzzing;
 mod vmm;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use async_trait::async_trait;
@@ -115,7 +116,7 @@ impl RestHypervisor for CloudHypervisor {
         spec.kernel_args()
     }
 
-    fn prepare(program: &Path, _uid: VmUid, dir: &Path) -> io::Result<Command> {
+    fn prepare(program: &Path, _uid: VmUid, dir: &Path, _pipe: Option<OwnedFd>) -> io::Result<Command> {
         EventFile::begin(dir)?;
         let arguments = convert::arguments(&dir.join(SOCKET), &dir.join(EVENTS));
         let terminal = console_input::input_terminal()?;

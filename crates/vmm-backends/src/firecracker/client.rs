@@ -4,7 +4,7 @@ use std::path::Path;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use vmm_core::backend::{BackendError, GuestState};
+use vmm_core::backend::{BackendError, BackendErrorKind, Effect, GuestState};
 use vmm_host::fault::{FaultPoint, point};
 
 use super::convert::FirecrackerConfig;
@@ -28,6 +28,16 @@ enum InstanceState {
     NotStarted,
     Running,
     Paused,
+}
+
+impl InstanceState {
+    const fn guest(self) -> GuestState {
+        match self {
+            Self::NotStarted => GuestState::Ended,
+            Self::Running => GuestState::Running,
+            Self::Paused => GuestState::Paused,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -72,12 +82,7 @@ impl RestApi for FirecrackerClient {
 
     async fn instance(&self) -> Result<(GuestState, String), BackendError> {
         let instance: InstanceInfo = self.0.get("/").await?;
-        let state = match instance.state {
-            InstanceState::NotStarted => GuestState::Ended,
-            InstanceState::Running => GuestState::Running,
-            InstanceState::Paused => GuestState::Paused,
-        };
-        Ok((state, reported_version(&instance.vmm_version)))
+        Ok((instance.state.guest(), reported_version(&instance.vmm_version)))
     }
 }
 
@@ -124,6 +129,19 @@ impl FirecrackerClient {
     /// Starts the guest. Its CPUs run when this returns.
     pub(crate) async fn start(&self) -> Result<(), BackendError> {
         self.0.put("/actions", Some(&ActionBody { action_type: "InstanceStart" }), BOOT_TIMEOUT).await
+    }
+
+    /// Waits until a Firecracker with a configuration file has started its guest. Firecracker answers
+    /// no call before.
+    pub(crate) async fn wait_for_guest(&self) -> Result<(), BackendError> {
+        let instance: InstanceInfo = self.0.get_within("/", BOOT_TIMEOUT).await?;
+        match instance.state.guest() {
+            GuestState::Running | GuestState::Paused => Ok(()),
+            GuestState::Ended => {
+                let message = "Firecracker answered, and has not started the guest of its configuration";
+                Err(BackendError::new(BackendErrorKind::Protocol, Effect::Unknown, message))
+            }
+        }
     }
 
     /// Stops the guest's CPUs. Succeeds if they are stopped already.

@@ -128,6 +128,20 @@ impl FirecrackerConfig {
     }
 }
 
+impl FirecrackerConfig {
+    /// Returns the text of a `--config-file`.
+    pub fn file(&self) -> String {
+        let Self { machine, boot, drives, interfaces } = self;
+        serde_json::json!({
+            "machine-config": machine,
+            "boot-source": boot,
+            "drives": drives,
+            "network-interfaces": interfaces,
+        })
+        .to_string()
+    }
+}
+
 /// Returns Firecracker's arguments. `--log-path` keeps its log off its stdout, which is the serial
 /// console.
 pub fn arguments(uid: VmUid, socket: &Path, log: &Path, metrics: &Path) -> Vec<OsString> {
@@ -310,6 +324,22 @@ mod tests {
     #[test]
     fn a_large_vm_is_converted() {
         insta::assert_snapshot!(written(&large()));
+    }
+
+    #[test]
+    fn the_file_has_the_bodies_of_all_calls() {
+        let config = FirecrackerConfig::of(&spec(&large()), &["vmt0".to_owned()]);
+        let file: serde_json::Value = serde_json::from_str(&config.file()).unwrap();
+        let bodies = serde_json::to_value(&config).unwrap();
+        for (in_file, in_calls) in [
+            ("machine-config", "machine"),
+            ("boot-source", "boot"),
+            ("drives", "drives"),
+            ("network-interfaces", "interfaces"),
+        ] {
+            assert_eq!(file[in_file], bodies[in_calls]);
+        }
+        assert_eq!(file.as_object().unwrap().len(), bodies.as_object().unwrap().len());
     }
 
     #[test]

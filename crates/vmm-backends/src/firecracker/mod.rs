@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   console.in (FIFO) ──► stdin ┌─────────────┐ stdout ──► the console's file, appended to
-//!                               │ firecracker │ stderr ──► vmm.log
+//!   the configuration (pipe) ──►│ firecracker │ stderr ──► vmm.log
 //!   api.sock ◄──────────────────│             │ --log-path ──► firecracker.log
 //!                               └─────────────┘ --metrics-path ──► metrics
 //! ```
@@ -11,6 +11,10 @@
 //! opened for appending, so no daemon is needed to keep the output. stdin is a FIFO that
 //! Firecracker holds open for reading and writing. A writer opens `console.in` in the run folder,
 //! under this daemon or the next, and a writer that closes it causes no end of input for the guest.
+//!
+//! Firecracker reads its whole configuration from a pipe as its `--config-file`, and starts the
+//! guest. If Firecracker refuses it, a call that waits for the guest makes the API thread panic, and
+//! the reason is lost. The configuration then goes to another Firecracker by calls, for the reason.
 
 pub(crate) mod attached;
 mod check;
@@ -23,6 +27,7 @@ pub(crate) mod metrics;
 mod vmm;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use async_trait::async_trait;
@@ -38,7 +43,7 @@ use vmm_core::report::CheckReport;
 use vmm_core::spec::{DiskFormat, RestartMode, VmSpec};
 use vmm_host::console_input;
 use vmm_host::fault::{FaultPoint, point};
-use vmm_host::process::{Command, ProcessExit, Stdin};
+use vmm_host::process::{Command, ExitStatus, ProcessExit, Stdin};
 
 use self::client::FirecrackerClient;
 use self::convert::FirecrackerConfig;
@@ -46,7 +51,8 @@ use self::metrics::{FirecrackerMetrics, METRICS};
 use crate::console_input::CONSOLE_INPUT;
 use crate::program::{ProgramSpec, Version};
 use crate::rest::adopt::{LOG, SOCKET, rotate_log};
-use crate::rest::backend::{RestBackend, RestHypervisor, RestVmmParts};
+use crate::rest::backend::{EarlyEnd, RestBackend, RestHypervisor, RestVmmParts};
+use crate::rest::config_pipe::ConfigPipe;
 
 /// The backend's name.
 pub const NAME: &str = "firecracker";
@@ -55,6 +61,8 @@ pub const NAME: &str = "firecracker";
 const OWN_LOG: &str = "firecracker.log";
 /// The oldest Firecracker with all features in use; `huge_pages` came last.
 const OLDEST: Version = Version::new(1, 7, 0);
+/// The number of SIGABRT, by which a panic ends Firecracker.
+const ABORTED: i32 = 6;
 /// The backend that starts Firecrackers.
 pub type FirecrackerBackend = RestBackend<Firecracker>;
 
@@ -111,16 +119,23 @@ impl RestHypervisor for Firecracker {
         convert::kernel_args(spec)
     }
 
-    fn prepare(program: &Path, uid: VmUid, dir: &Path) -> io::Result<Command> {
+    const READS_PIPE: bool = true;
+
+    fn prepare(program: &Path, uid: VmUid, dir: &Path, pipe: Option<OwnedFd>) -> io::Result<Command> {
         rotate_log(dir, OWN_LOG)?;
         FirecrackerMetrics::begin(dir)?;
-        let arguments = convert::arguments(uid, &dir.join(SOCKET), &dir.join(OWN_LOG), &dir.join(METRICS));
+        let mut arguments =
+            convert::arguments(uid, &dir.join(SOCKET), &dir.join(OWN_LOG), &dir.join(METRICS));
+        if pipe.is_some() {
+            arguments.extend(["--config-file".into(), ConfigPipe::file().into()]);
+        }
         let input = dir.join(CONSOLE_INPUT);
         console_input::make_fifo(&input)?;
         Ok(Command {
             // Firecracker has a serial port even if the specification turns the console off. The
             // FIFO does not block, because Firecracker reads on the thread that serves its API.
             stdin: Stdin::File(console_input::open_fifo_reader(&input)?),
+            kept: pipe,
             ..Command::new(program, arguments, dir.join(LOG))
         })
     }
@@ -131,6 +146,28 @@ impl RestHypervisor for Firecracker {
         client.start().await?;
         point(FaultPoint::LaunchStarted);
         Ok(())
+    }
+
+    fn piped_config(request: &LaunchRequest) -> String {
+        FirecrackerConfig::of(&request.spec, &request.taps).file()
+    }
+
+    async fn wait_for_guest(client: &FirecrackerClient) -> Result<(), BackendError> {
+        client.wait_for_guest().await
+    }
+
+    async fn explain_early(exit: ProcessExit, dir: &Path) -> EarlyEnd {
+        let sums = FirecrackerMetrics::new(dir).sums().await.ok();
+        if sums.is_some_and(|sums| sums.guest_reset() || sums.cpu_failed()) {
+            return EarlyEnd::GuestRan;
+        }
+        match exit.status {
+            // Only the end of a guest's run is a success.
+            Some(ExitStatus::Code(0)) => EarlyEnd::GuestRan,
+            // A refusal ends in 1. The panic of the API thread ends in SIGABRT.
+            Some(ExitStatus::Code(1) | ExitStatus::Signal(ABORTED)) | None => EarlyEnd::Refused,
+            Some(ExitStatus::Code(_) | ExitStatus::Signal(_)) => EarlyEnd::Failed,
+        }
     }
 
     fn attend(&self, run: RestVmmParts<'_, FirecrackerClient>) -> LaunchedVmm {

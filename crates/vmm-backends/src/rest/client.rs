@@ -137,7 +137,19 @@ impl RestClient {
     /// Fails as [`Self::put`] does; [`BackendErrorKind::Protocol`] if the answer has another form
     /// than `T`.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, BackendError> {
-        let call = RestCall { method: Method::GET, path: path.to_owned(), body: None, limit: CALL_TIMEOUT };
+        self.get_within(path, CALL_TIMEOUT).await
+    }
+
+    /// Reads `path` as [`Self::get`] does. The call may take `limit`.
+    ///
+    /// # Errors
+    /// Fails as [`Self::get`] does.
+    pub async fn get_within<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        limit: Duration,
+    ) -> Result<T, BackendError> {
+        let call = RestCall { method: Method::GET, path: path.to_owned(), body: None, limit };
         let answer = self.call(&call).await?;
         serde_json::from_slice(&answer).map_err(|error| {
             // The message of serde quotes the answer, so it is sanitized.

@@ -10,6 +10,7 @@
 pub mod adopt;
 pub mod backend;
 pub mod client;
+pub(crate) mod config_pipe;
 pub mod options;
 pub(crate) mod spare;
 pub mod start;

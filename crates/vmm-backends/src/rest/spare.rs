@@ -1,4 +1,4 @@
-//! VMMs that listen and have no configuration yet: one that is about to get its VM, or a spare one.
+//! VMMs that have no configuration yet: one that is about to get its VM, or a spare one.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use vmm_core::backend::LaunchRequest;
 use vmm_core::id::VmUid;
 
 use super::client::RestApi;
+use super::config_pipe::ConfigPipe;
 use crate::launch::{self, ProcessGuard};
 use crate::program::{InstalledProgram, Program};
 use crate::spares::SpareTable;
@@ -15,13 +16,32 @@ use crate::spares::SpareTable;
 /// The longest time in which a spare VMM must answer. Another VMM is started otherwise.
 const SPARE_ANSWER_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// A VMM that listens and has no configuration yet.
+/// The way in which a VMM takes its configuration.
+#[derive(Debug)]
+pub(crate) enum ConfigIntake<C> {
+    /// By calls on a connection.
+    Calls(C),
+    /// From a pipe, before it listens.
+    Pipe(ConfigPipe),
+}
+
+impl<C: RestApi> ConfigIntake<C> {
+    /// Returns true if the VMM waits for its configuration. May not return if the VMM hangs.
+    pub(crate) async fn answers(&self) -> bool {
+        match self {
+            Self::Calls(client) => client.version().await.is_ok(),
+            Self::Pipe(pipe) => pipe.probe().await,
+        }
+    }
+}
+
+/// A VMM that has no configuration yet.
 #[derive(Debug)]
 pub(crate) struct UnconfiguredVmm<C> {
     /// The process, which is killed when the guard is dropped.
     pub(crate) guard: ProcessGuard,
-    /// The connection to the VMM.
-    pub(crate) client: C,
+    /// The way in which the VMM takes its configuration.
+    pub(crate) intake: ConfigIntake<C>,
     /// The executable that the process runs.
     pub(crate) program: InstalledProgram,
     /// The file that receives the console's output, or `None` if the output is discarded.
@@ -45,8 +65,8 @@ impl<C: RestApi> SpareTable<UnconfiguredVmm<C>> {
         } else if !is_installed(program, &spare.program).await {
             "the program of the VMM has been replaced"
         } else if !matches!(
-            tokio::time::timeout(SPARE_ANSWER_TIMEOUT, spare.client.version()).await,
-            Ok(Ok(_))
+            tokio::time::timeout(SPARE_ANSWER_TIMEOUT, spare.intake.answers()).await,
+            Ok(true)
         ) {
             "the VMM does not answer"
         } else {

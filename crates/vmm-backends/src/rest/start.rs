@@ -20,26 +20,41 @@ use vmm_host::run_dir;
 
 use super::adopt::{LOG, SOCKET, failed, rotate_log};
 use super::client::RestApi;
-use super::spare::UnconfiguredVmm;
+use super::config_pipe::ConfigPipe;
+use super::spare::{ConfigIntake, UnconfiguredVmm};
 use crate::launch;
 use crate::program::{InstalledProgram, Program};
 
 /// The most tasks of one start: the version is asked for once, and the run folder is swept once.
 const VISITS: usize = 3;
 /// The longest time in which a VMM must listen on its socket.
-const REST_LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const REST_LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The result of one task of blocking work.
 enum StartAttempt {
-    Started(ProcessGuard, InstalledProgram),
+    Started(StartedProcess),
     /// The version of this executable is not known yet.
     UnknownVersion,
     /// The socket of an earlier run exists, and perhaps its VMM.
     StaleSocket,
 }
 
-/// Starts `program` in the run folder `dir` by the command that `prepare` makes of both, and
-/// connects to it. `prepare` creates the files that the VMM needs, and may block.
+/// The command that starts a VMM.
+pub(crate) struct PreparedStart {
+    pub(crate) command: Command,
+    /// The pipe from which the VMM reads its configuration, or `None` if it is configured by calls.
+    pub(crate) pipe: Option<ConfigPipe>,
+}
+
+/// A process that was started, with the executable that it runs.
+struct StartedProcess {
+    guard: ProcessGuard,
+    program: InstalledProgram,
+    pipe: Option<ConfigPipe>,
+}
+
+/// Starts `program` in the run folder `dir` by the command that `prepare` makes of both. Connects to
+/// a VMM that is configured by calls. `prepare` creates the files that the VMM needs, and may block.
 ///
 /// # Errors
 /// [`BackendErrorKind::NotInstalled`]; [`BackendErrorKind::Host`]; the error of the sweep of an
@@ -52,18 +67,23 @@ pub(crate) async fn start<C, P>(
 ) -> Result<UnconfiguredVmm<C>, BackendError>
 where
     C: RestApi,
-    P: Fn(&Path, &Path) -> io::Result<Command> + Clone + Send + 'static,
+    P: Fn(&Path, &Path) -> io::Result<PreparedStart> + Clone + Send + 'static,
 {
     let socket = dir.join(SOCKET);
     run_dir::socket_path_fits(&socket)
         .map_err(|why| BackendError::new(BackendErrorKind::Host, Effect::NotApplied, why))?;
-    let (guard, program) = start_process(program, dir, console.clone(), prepare).await?;
+    let StartedProcess { guard, program, pipe } =
+        start_process(program, dir, console.clone(), prepare).await?;
+    // The VMM listens only after it has read the pipe.
+    if let Some(pipe) = pipe {
+        return Ok(UnconfiguredVmm { guard, intake: ConfigIntake::Pipe(pipe), program, console });
+    }
     let connected = async {
         let stream = launch::wait_for_socket(&guard, &socket, REST_LISTEN_TIMEOUT).await?;
         C::over(&socket, stream, guard.pid()).await
     };
     match connected.await {
-        Ok(client) => Ok(UnconfiguredVmm { guard, client, program, console }),
+        Ok(client) => Ok(UnconfiguredVmm { guard, intake: ConfigIntake::Calls(client), program, console }),
         Err(error) => Err(failed(guard, error, &dir.join(LOG)).await),
     }
 }
@@ -73,9 +93,9 @@ async fn start_process<P>(
     dir: &Path,
     console: Option<PathBuf>,
     prepare: P,
-) -> Result<(ProcessGuard, InstalledProgram), BackendError>
+) -> Result<StartedProcess, BackendError>
 where
-    P: Fn(&Path, &Path) -> io::Result<Command> + Clone + Send + 'static,
+    P: Fn(&Path, &Path) -> io::Result<PreparedStart> + Clone + Send + 'static,
 {
     let console = console.unwrap_or_else(|| PathBuf::from("/dev/null"));
     // In the usual case the first task starts the process. Two obstacles need a step outside the
@@ -88,11 +108,12 @@ where
         let visit = tokio::task::spawn_blocking(move || {
             attempt(&program_of, &dir_of, |program| {
                 rotate_log(&dir_of, LOG)?;
-                Ok(Command { stdout: Some(console), ..prepare(program, &dir_of)? })
+                let PreparedStart { command, pipe } = prepare(program, &dir_of)?;
+                Ok(PreparedStart { command: Command { stdout: Some(console), ..command }, pipe })
             })
         });
         match visit.await.map_err(|error| host_error(io::Error::other(error)))?? {
-            StartAttempt::Started(guard, known) => return Ok((guard, known)),
+            StartAttempt::Started(started) => return Ok(started),
             StartAttempt::UnknownVersion => drop(program.find().await?),
             StartAttempt::StaleSocket => launch::sweep(dir, &program.running_names().await).await?,
         }
@@ -104,7 +125,7 @@ where
 fn attempt(
     program: &Program,
     dir: &Path,
-    prepare: impl FnOnce(&Path) -> io::Result<Command>,
+    prepare: impl FnOnce(&Path) -> io::Result<PreparedStart>,
 ) -> Result<StartAttempt, BackendError> {
     let Some(known) = program.known()? else { return Ok(StartAttempt::UnknownVersion) };
     // A path that cannot be examined counts as a stale socket, because the sweep reports the
@@ -112,8 +133,9 @@ fn attempt(
     if dir.join(SOCKET).try_exists().unwrap_or(true) {
         return Ok(StartAttempt::StaleSocket);
     }
-    let command = prepare(known.path()).map_err(host_error)?;
-    launch::start_blocking(command).map(|guard| StartAttempt::Started(guard, known))
+    let PreparedStart { command, pipe } = prepare(known.path()).map_err(host_error)?;
+    let guard = launch::start_blocking(command)?;
+    Ok(StartAttempt::Started(StartedProcess { guard, program: known, pipe }))
 }
 
 fn host_error(error: io::Error) -> BackendError {

@@ -228,16 +228,24 @@ impl<B: Backend> Bench<B> {
 
     /// Checks that a VMM is told nothing before the permit is granted, and ends if that cannot
     /// happen.
-    pub async fn keeps_the_gate(&self) {
+    pub async fn keeps_the_gate(&self, listens: bool) {
         let (issuer, permit) = RunPermit::pending();
         let launching = self.backend.launch(LaunchRequest { permit, ..self.request() });
         let calling_off = async {
             let socket = self.dir().join("api.sock");
-            while tokio::net::UnixStream::connect(&socket).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(5)).await;
+            if listens {
+                while tokio::net::UnixStream::connect(&socket).await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                let adopted = self.backend.adopt(self.adoption(None)).await.unwrap();
+                assert!(matches!(adopted, Adoption::Alive { guest: GuestState::Ended, .. }), "{adopted:?}");
+            } else {
+                while self.processes() == 0 {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                assert!(!socket.exists(), "a VMM that waits for its pipe does not listen");
             }
-            let adopted = self.backend.adopt(self.adoption(None)).await.unwrap();
-            assert!(matches!(adopted, Adoption::Alive { guest: GuestState::Ended, .. }), "{adopted:?}");
             assert_eq!(self.processes(), 1);
             drop(issuer);
         };
