@@ -1,13 +1,16 @@
 # The commands of a newcomer. Each target does everything that it needs, and skips what is already done.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build libvirt-helper demo test bench fuzz chaos conformance sdk
+.PHONY: help setup build deb libvirt-helper demo test bench fuzz chaos conformance sdk
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 setup: ## install what is missing and prepare the guest that demo and tests boot
 	@scripts/setup.sh
+
+# The commit that --version, health and logs name. Other targets do not set it, because each change of it builds the daemon again.
+build deb: export VMM_BUILD_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2> /dev/null)
 
 build: ## build the daemon, ./vmm-controlplane, and the command line, ./vmcp
 	cargo build --release -p vmm-controlplane -p vmcp
@@ -23,6 +26,9 @@ libvirt-helper: ## build ./vmm-libvirt-helper, which links libvirt (package libv
 		--target-dir "$${CARGO_TARGET_DIR:-target}/libvirt-helper"
 	@cp "$${CARGO_TARGET_DIR:-target}/libvirt-helper/release/vmm-libvirt-helper" vmm-libvirt-helper.new
 	@mv -f vmm-libvirt-helper.new vmm-libvirt-helper
+
+deb: build ## build target/deb/vmm-controlplane_VERSION_ARCH.deb with daemon, vmcp, unit, manual pages and completions
+	@scripts/deb.sh
 
 demo: setup build ## boot a guest through the API and watch its console; ONCE=1 ends by itself
 	@scripts/demo.sh

@@ -15,7 +15,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 # Pairs of a command that must exist and the Debian package that has it.
-NEEDED="qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils curl:curl jq:jq ip:iproute2 python3:python3 cc:build-essential make:make shellcheck:shellcheck"
+NEEDED="qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils curl:curl jq:jq ip:iproute2 python3:python3 cc:build-essential make:make shellcheck:shellcheck lintian:lintian"
 KERNEL_PACKAGE=linux-image-cloud-amd64
 CARGO_DENY=0.20.2
 BUF=1.75.0

@@ -100,6 +100,7 @@ check_with buf "API: style and compatibility" scripts/check-api.sh
 check "same steps in every client" clients/compare-steps.sh
 libvirt_helper
 rust_tests
+check "Debian package" scripts/test-deb.sh
 client_tests
 
 if [ "$FAILED" != 0 ]; then

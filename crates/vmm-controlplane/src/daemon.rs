@@ -64,7 +64,8 @@ pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
             .await?;
 
     let address = listener.local_addr()?;
-    tracing::info!(%address, version = crate::VERSION, backend = config.default_backend.as_str(), "serving");
+    let commit = (!crate::COMMIT.is_empty()).then_some(crate::COMMIT);
+    tracing::info!(%address, version = crate::VERSION, commit, backend = config.default_backend.as_str(), "serving");
     let router = Arc::new(VmHandlers::new(service.clone())).register(connectrpc::Router::new());
     let pages = health::pages(service.clone(), exposure(address).into_iter().chain(no_metrics).collect());
     // Looking for leftovers reads the whole host and takes time, so it runs beside the daemon. It

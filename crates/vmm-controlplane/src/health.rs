@@ -27,6 +27,9 @@ struct HealthPage {
     backend: String,
     uptime_seconds: u64,
     version: &'static str,
+    /// The commit of the build.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    commit: &'static str,
     /// The reason for which the default backend cannot serve.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
@@ -70,6 +73,7 @@ async fn full(State(health): State<Arc<HealthState>>) -> Response {
         backend: health.service.backends().default_name().to_string(),
         uptime_seconds: health.started.elapsed().as_secs(),
         version: crate::VERSION,
+        commit: crate::COMMIT,
         backends: backends.collect(),
         warnings: health.warnings.clone(),
         reason,

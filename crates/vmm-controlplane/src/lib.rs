@@ -23,3 +23,9 @@ pub mod telemetry;
 
 /// The version of this program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// The commit of this build, from the variable `VMM_BUILD_COMMIT` at build time. Empty if the build
+/// had none.
+pub const COMMIT: &str = match option_env!("VMM_BUILD_COMMIT") {
+    Some(commit) => commit,
+    None => "",
+};

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
     let environment: Environment = std::env::vars_os().collect();
     let outcome = match &cli.command {
         Subcommand::MigrateEnv => Ok(print_answer(&migrate_env(&environment))),
+        Subcommand::Man => Ok(print_answer(&Cli::manual())),
         Subcommand::CheckConfig => {
             load(&cli, &environment).map(|loaded| print_answer(&loaded.report())).map_err(Into::into)
         }

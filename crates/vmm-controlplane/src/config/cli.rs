@@ -15,6 +15,7 @@ use super::settings::{CONFIG_KEY, PREFIX, Setting, SettingDefault, variable};
 
 const CHECK_CONFIG: &str = "check-config";
 const MIGRATE_ENV: &str = "migrate-env";
+const MAN: &str = "man";
 const SERVE: &str = "serve";
 const DOCTOR: &str = "doctor";
 const RECONCILE: &str = "reconcile";
@@ -47,6 +48,8 @@ pub enum Subcommand {
     CheckConfig,
     /// Prints the exports that replace the retired variables, and ends.
     MigrateEnv,
+    /// Prints the manual page, and ends.
+    Man,
     /// Checks the abilities of this host.
     Doctor {
         /// Prints JSON.
@@ -90,7 +93,24 @@ pub struct Cli {
 
 impl clap::Parser for Cli {}
 
+/// Returns the version, with the commit of the build if the build had one.
+fn long_version() -> String {
+    if crate::COMMIT.is_empty() {
+        return crate::VERSION.to_owned();
+    }
+    format!("{} (commit {})", crate::VERSION, crate::COMMIT)
+}
+
 impl Cli {
+    /// Returns the manual page in the roff format.
+    pub fn manual() -> String {
+        let mut page = Vec::new();
+        let manual = clap_mangen::Man::new(Self::command()).section("8");
+        // Writing to memory does not fail.
+        let _written = manual.render(&mut page);
+        String::from_utf8_lossy(&page).into_owned()
+    }
+
     /// Returns the hint for an error of the command line: an unknown command may be one for VMs,
     /// which are those of the program `vmcp`.
     pub fn hint(error: &clap::Error) -> Option<&'static str> {
@@ -109,7 +129,8 @@ impl CommandFactory for Cli {
             .action(ArgAction::Set)
             .global(true);
         clap::Command::new("vmm-controlplane")
-            .version(env!("CARGO_PKG_VERSION"))
+            .version(crate::VERSION)
+            .long_version(long_version())
             .about("One API over Cloud Hypervisor, Firecracker and QEMU virtual machines")
             .after_help(AFTER_HELP)
             .arg(file)
@@ -121,6 +142,7 @@ impl CommandFactory for Cli {
                 ),
                 clap::Command::new(MIGRATE_ENV)
                     .about("Prints shell exports that replace the CHCP_ variables, which are no longer read"),
+                clap::Command::new(MAN).about("Prints the manual page of this program"),
             ])
             .subcommands(operator())
     }
@@ -138,6 +160,7 @@ impl FromArgMatches for Cli {
         let command = match name {
             CHECK_CONFIG => Subcommand::CheckConfig,
             MIGRATE_ENV => Subcommand::MigrateEnv,
+            MAN => Subcommand::Man,
             DOCTOR => Subcommand::Doctor { json: matches.get_flag(JSON) },
             RECONCILE => Subcommand::Reconcile(ReconcileFlags {
                 dry_run: matches.get_flag(DRY_RUN),
@@ -303,6 +326,7 @@ mod tests {
     #[test]
     fn the_version_flag_prints_the_version_of_the_program() {
         let version = Cli::try_parse_from(["vmm-controlplane", "--version"]).unwrap_err().to_string();
-        assert_eq!(version, concat!("vmm-controlplane ", env!("CARGO_PKG_VERSION"), "\n"));
+        assert_eq!(version, format!("vmm-controlplane {}\n", long_version()));
+        assert!(version.contains(env!("CARGO_PKG_VERSION")) && version.contains(crate::COMMIT));
     }
 }

@@ -15,6 +15,7 @@ use crate::telemetry;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BuildLabels {
     version: &'static str,
+    commit: &'static str,
 }
 
 /// Reads the use of the host by this process.
@@ -36,11 +37,11 @@ impl Collector for ProcessCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut metric = encoder.encode_descriptor(
             "vmcp_build_info",
-            "1, with the version of the daemon as label",
+            "1, with the version and the commit of the daemon as labels",
             None,
             MetricType::Gauge,
         )?;
-        let labels = BuildLabels { version: crate::VERSION };
+        let labels = BuildLabels { version: crate::VERSION, commit: crate::COMMIT };
         ConstGauge::new(1_u64).encode(metric.encode_family(&labels)?)?;
         counter(
             &mut encoder,

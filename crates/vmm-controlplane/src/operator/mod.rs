@@ -68,7 +68,7 @@ pub fn run(command: &Subcommand, loaded: &LoadedConfig) -> anyhow::Result<Comman
             Subcommand::Reconcile(how) => reconcile::run(config, *how).await,
             Subcommand::Backup { file } => backup::backup(config, file),
             Subcommand::Restore { file } => backup::restore(config, file).await,
-            Subcommand::Serve | Subcommand::CheckConfig | Subcommand::MigrateEnv => {
+            Subcommand::Serve | Subcommand::CheckConfig | Subcommand::MigrateEnv | Subcommand::Man => {
                 Ok(CommandOutput::success(String::new()))
             }
         }
