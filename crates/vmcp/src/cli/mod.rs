@@ -28,17 +28,23 @@ A VM is named by its name, or by the beginning of its name or uid if no other VM
 Exit codes: 0 done; 1 a failure on this side; 2 a wrong command line; else 10 plus the number of the Connect code, as \
 13 invalid_argument, 15 not_found, 19 failed_precondition, 24 unavailable.
 
-From nothing to a shell in the guest that `make setup` prepared, with the daemon on this host (~. leaves):
-  vmcp run --rm --kernel .cache/guest/vmlinuz --initrd .cache/guest/initramfs.cpio.gz \\
+From nothing to a shell in a guest, in the folder of the repository:
+  make setup build
+  UNKEY_VMCP_BACKEND=qemu UNKEY_VMCP_STATE_DIR=~/vmcp/state \\
+    UNKEY_VMCP_RUNTIME_DIR=~/vmcp/run ./vmm-controlplane
+And in a second terminal there:
+  ./vmcp run --rm --kernel .cache/guest/vmlinuz --initrd .cache/guest/initramfs.cpio.gz \\
     --kernel-args 'console=ttyS0 vmcp.do=shell'
+`poweroff -f` in the guest ends it, and so does ~. at the beginning of a line.
 
 Examples:
   vmcp backends
   vmcp create web-1 --memory 1GiB --kernel /opt/kernels/vmlinux --disk /srv/web.img,root
   vmcp boot web-1
   vmcp console web-1
-  vmcp list
+  vmcp list --watch
   vmcp events web-1
+  vmcp update web-1 --metadata team=web --restart always
   vmcp delete web-1 --force";
 
 /// Creates, runs and watches virtual machines through a vmm-controlplane daemon.

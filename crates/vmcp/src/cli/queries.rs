@@ -20,6 +20,9 @@ pub(crate) struct List {
     /// Only VMs with this pair in their metadata; may be given again
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) metadata: Vec<Pair>,
+    /// Keep the table up to date, until Ctrl-C
+    #[arg(short = 'w', long)]
+    pub(crate) watch: bool,
 }
 
 /// The arguments of `get`.

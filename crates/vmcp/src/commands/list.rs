@@ -4,13 +4,19 @@ use std::time::SystemTime;
 
 use vmm_proto::v1 as pb;
 
-use super::Session;
+use super::{Session, live};
 use crate::cli::List;
 use crate::connect::names;
 use crate::failure::Failure;
 use crate::output::{Table, units, words};
 
+/// The headings of [`cells`].
+pub(super) const HEADING: [&str; 7] = ["NAME", "STATE", "BACKEND", "VCPUS", "MEMORY", "AGE", "STATUS"];
+
 pub(super) async fn run(session: &mut Session, arguments: &List) -> Result<(), Failure> {
+    if arguments.watch {
+        return live::run(session, arguments).await;
+    }
     let filter = pb::ListVmsRequest {
         state_filter: arguments.state.iter().map(|state| (*state).into()).collect(),
         metadata_filter: arguments
@@ -26,21 +32,28 @@ pub(super) async fn run(session: &mut Session, arguments: &List) -> Result<(), F
     session.output.answer(&answer, &names, |width| table(&answer.vms, width, SystemTime::now()))
 }
 
-fn table(vms: &[pb::VmInfo], width: Option<u16>, now: SystemTime) -> String {
-    let heading = ["NAME", "STATE", "BACKEND", "VCPUS", "MEMORY", "AGE", "STATUS"];
-    let mut table = Table::new(width, heading);
-    for vm in vms {
-        table.row([
-            vm.vm_id.clone(),
-            words::state(&vm.state),
-            vm.backend.clone(),
-            vm.vcpu_count.to_string(),
-            units::size(vm.memory_size_bytes),
-            units::age(vm.created_timestamp, now),
-            words::status(&vm.state, &vm.status),
-        ]);
-    }
+/// Returns the table of VMs.
+pub(super) fn table<'a>(
+    vms: impl IntoIterator<Item = &'a pb::VmInfo>,
+    width: Option<u16>,
+    now: SystemTime,
+) -> String {
+    let mut table = Table::new(width, HEADING);
+    vms.into_iter().for_each(|vm| table.row(cells(vm, now)));
     table.render()
+}
+
+/// Returns the cells of a VM.
+pub(super) fn cells(vm: &pb::VmInfo, now: SystemTime) -> [String; 7] {
+    [
+        vm.vm_id.clone(),
+        words::state(&vm.state),
+        vm.backend.clone(),
+        vm.vcpu_count.to_string(),
+        units::size(vm.memory_size_bytes),
+        units::age(vm.created_timestamp, now),
+        words::status(&vm.state, &vm.status),
+    ]
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod get;
 mod health;
 mod lifecycle;
 mod list;
+mod live;
 pub(crate) mod man;
 mod run;
 mod session;
@@ -19,6 +20,7 @@ mod signals;
 mod update;
 mod wait;
 mod watch;
+mod watcher;
 
 use crate::cli::Command;
 use crate::failure::Failure;

@@ -68,7 +68,8 @@ fn advice(error: &ConnectError, server: &str) -> Option<String> {
     let is_unreached = std::error::Error::source(error).is_some();
     match error.code {
         ErrorCode::Unavailable if is_unreached => Some(format!(
-            "the server is {server}; if the daemon runs elsewhere, name it with --server, VMCP_SERVER or a context"
+            "the server is {server}; `vmcp --help` shows how to start a daemon; if it runs elsewhere, name it with \
+             --server, VMCP_SERVER or a context"
         )),
         ErrorCode::NotFound => Some("`vmcp list` shows the VMs".to_owned()),
         ErrorCode::Unavailable | ErrorCode::Aborted => Some("try again".to_owned()),

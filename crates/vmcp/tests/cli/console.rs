@@ -141,11 +141,19 @@ fn a_signal_restores_the_terminal() {
         return;
     }
     let world = with_an_echo();
-    let mut terminal = console(&world, &[]);
-    assert!(terminal.is_raw());
-    kill_process(Pid::from_child(terminal.child()), Signal::TERM).unwrap();
-    assert_eq!(terminal.code(), 143);
-    assert!(!terminal.is_raw(), "lines and signals are back");
+    for (signal, code) in [(Signal::TERM, 143), (Signal::HUP, 129)] {
+        let mut terminal = console(&world, &[]);
+        assert!(terminal.is_raw());
+        // Another size of the window changes nothing for the guest.
+        let word = format!("sized-{code}");
+        terminal.resize(70);
+        terminal.type_in(&word);
+        terminal.wait_for(&word);
+        kill_process(Pid::from_child(terminal.child()), signal).unwrap();
+        assert_eq!(terminal.code(), code);
+        assert!(!terminal.is_raw(), "lines and signals are back");
+        assert!(terminal.sent().ends_with("\u{1b}[0m\r"), "{:?}", terminal.sent());
+    }
 }
 
 fn a_deletion_ends_the_console() {

@@ -65,7 +65,7 @@ fn a_generated_name_is_printed() {
 fn an_unknown_field_is_named_with_its_line() {
     let world = World::started(&[]);
     let file = world.write("vm.yaml", "vm_id: a\nconfig:\n  cpu:\n    vcpus: 2\n");
-    for command in ["create", "validate"] {
+    for command in ["create", "validate", "run"] {
         let error = world.run(&[command, "-f", &file]).failed(13);
         assert!(error.contains("vm.yaml: line 4, column 5: config.cpu.vcpus: no such field\n"), "{error}");
         assert!(error.contains("hint: the fields known there are vcpu_count, "), "{error}");

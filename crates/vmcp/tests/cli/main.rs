@@ -15,7 +15,9 @@ mod completion;
 mod console;
 mod create;
 mod edit;
+mod hostile;
 mod lifecycle;
+mod live;
 mod pty;
 mod queries;
 mod raw;
@@ -54,12 +56,14 @@ fn main() -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = arguments.test_threads.or(Some(THREADS));
-    let modules: [fn() -> Vec<Trial>; 13] = [
+    let modules: [fn() -> Vec<Trial>; 15] = [
         completion::trials,
         console::trials,
         create::trials,
         edit::trials,
+        hostile::trials,
         lifecycle::trials,
+        live::trials,
         queries::trials,
         raw::trials,
         run::trials,

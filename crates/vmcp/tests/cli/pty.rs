@@ -84,6 +84,11 @@ impl Terminal {
         !settings.local_modes.contains(rustix::termios::LocalModes::ICANON)
     }
 
+    /// Gives the terminal another width. The screen is still read with the first one.
+    pub(crate) fn resize(&self, columns: u16) {
+        self.pty.resize(Size::new(ROWS, columns)).unwrap();
+    }
+
     /// Types text into the terminal.
     pub(crate) fn type_in(&self, text: &str) {
         (&*self.pty).write_all(text.as_bytes()).unwrap();

@@ -1,6 +1,7 @@
 //! `run`: from nothing to a guest's console, and away again.
 
 use std::path::Path;
+use std::process::Command;
 
 use rustix::process::Signal;
 use vmm_testkit::guests::TinyGuest;
@@ -8,7 +9,7 @@ use vmm_testkit::skip::{on_path, skipped};
 
 use crate::pty::{Redirect, Terminal};
 use crate::trials;
-use crate::world::{Running, World, has_qemu};
+use crate::world::{Running, World, finish, has_qemu, vmcp};
 
 trials![
     a_run_shows_the_console_until_the_guest_ends,
@@ -20,7 +21,7 @@ trials![
     a_signal_ends_a_run_and_leaves_the_guest_running,
     a_signal_ends_a_run_with_rm_and_deletes_the_vm,
     a_run_takes_keys_on_each_hypervisor,
-    a_run_leads_to_a_shell_in_the_linux_guest,
+    the_help_leads_to_a_shell_in_the_linux_guest,
 ];
 
 /// Returns the arguments of a run of a tiny guest.
@@ -162,31 +163,29 @@ fn a_run_takes_keys_on_each_hypervisor() {
     }
 }
 
-fn a_run_leads_to_a_shell_in_the_linux_guest() {
-    let test = "run::a_run_leads_to_a_shell_in_the_linux_guest";
+/// Returns the command that `vmcp --help` leads a newcomer to, with the program of this build.
+fn command_of_the_help() -> String {
+    let help = finish(vmcp(&["--help"]), "").ok();
+    let (_, rest) = help.split_once("  ./vmcp run ").unwrap_or_else(|| panic!("{help}"));
+    let whole = rest.replace("\\\n", " ");
+    format!("exec '{}' run {}", env!("CARGO_BIN_EXE_vmcp"), whole.lines().next().unwrap())
+}
+
+fn the_help_leads_to_a_shell_in_the_linux_guest() {
+    let test = "run::the_help_leads_to_a_shell_in_the_linux_guest";
     if !has_qemu(test) {
         return;
     }
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest");
     let file = |name: &str| folder.join(name).canonicalize();
-    let (Ok(kernel), Ok(initrd)) = (file("vmlinuz"), file("initramfs.cpio.gz")) else {
+    let (Ok(_), Ok(_)) = (file("vmlinuz"), file("initramfs.cpio.gz")) else {
         return skipped(test, "the Linux guest is not there; `make setup` makes it");
     };
     let world = World::started(&[]);
-    let arguments = [
-        "run",
-        "vm",
-        "--rm",
-        "--memory",
-        "128MiB",
-        "--kernel",
-        kernel.to_str().unwrap(),
-        "--initrd",
-        initrd.to_str().unwrap(),
-        "--kernel-args",
-        "console=ttyS0 cryptomgr.notests vmcp.do=shell",
-    ];
-    let mut terminal = Terminal::run(&world, 120, &arguments, Redirect::Nothing);
+    let mut command = Command::new("sh");
+    command.args(["-c", &command_of_the_help()]).current_dir(folder.join("../.."));
+    command.env("VMCP_SERVER", world.url()).env("VMCP_CONTEXTS_FILE", "/nonexistent/contexts.toml");
+    let mut terminal = Terminal::start(command, 120, Redirect::Nothing);
     terminal.wait_for("vmcp-guest: shell on /dev/ttyS0");
     terminal.wait_for("/ #");
     terminal.type_in("echo result=$((6 * 7))\r");
