@@ -23,6 +23,7 @@ use crate::notify::ServiceManager;
 use crate::operator;
 use crate::rpc::{self, HostPolicy, ServeOptions};
 use crate::runtime_dir;
+use crate::service_unit;
 
 /// The longest time after the signal in which operations whose clients have left may end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -72,6 +73,7 @@ pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
     // only writes to the log.
     let healthy = service.clone();
     tokio::spawn(operator::report_leftovers(config.clone()).instrument(tracing::info_span!("leftovers")));
+    tokio::spawn(service_unit::report_dangers());
     let options = ServeOptions {
         host_policy: HostPolicy::Known(config.allowed_hosts.clone()),
         call_meter: Some(metrics.call_meter()),

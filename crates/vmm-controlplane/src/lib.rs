@@ -4,7 +4,8 @@
 //! `main.rs` reads the command line, [`config`] loads the settings, and `backends` is the registry
 //! of hypervisors. [`daemon`] puts the parts together. [`rpc`] is the HTTP server, [`api`] has the
 //! handlers, [`health`] the health pages, and `metrics` the page for Prometheus. [`operator`] has the subcommands for a person on the
-//! host, `runtime_dir` has the warnings about that directory, and [`telemetry`] the log.
+//! host, `runtime_dir` and `service_unit` have
+//! the warnings about that directory and about systemd, and [`telemetry`] the log.
 
 pub mod api;
 mod backends;
@@ -19,6 +20,7 @@ mod notify;
 pub mod operator;
 pub mod rpc;
 mod runtime_dir;
+mod service_unit;
 pub mod telemetry;
 
 /// The version of this program.

@@ -13,7 +13,7 @@ use super::held_qemus::{self, HeldQemu};
 use super::{CommandOutput, host, looked_at, spares};
 use crate::backends;
 use crate::config::{self, DaemonConfig, Endpoint, LoadedConfig};
-use crate::runtime_dir;
+use crate::{runtime_dir, service_unit};
 
 /// The output of `--json`.
 #[derive(Serialize)]
@@ -62,6 +62,7 @@ pub(super) async fn run(loaded: &LoadedConfig, json: bool) -> anyhow::Result<Com
         checks
     })
     .await?;
+    checks.extend(unit_lines(daemon_pid(&config)).await);
     checks.extend(hypervisors);
     let can_serve = checks.iter().all(|check| check.verdict != CheckVerdict::Fail);
     let default_backend = config.default_backend.as_str();
@@ -117,6 +118,12 @@ fn lasting_lines(config: &DaemonConfig) -> Vec<DoctorCheck> {
     let instance = vmm_store::peek(&config.state_dir).ok().flatten().map(|snapshot| snapshot.instance);
     let dangers = runtime_dir::dangers(config, instance, daemon_pid(config)).into_iter();
     dangers.map(|danger| DoctorCheck::warn("runtime directory", danger.finding, danger.remedy)).collect()
+}
+
+/// Returns a line for each setting of the systemd unit with which VMs do not outlive the daemon.
+async fn unit_lines(daemon: Option<u32>) -> impl Iterator<Item = DoctorCheck> {
+    let dangers = service_unit::dangers(daemon).await.into_iter();
+    dangers.map(|danger| DoctorCheck::warn("systemd unit", danger.finding, danger.remedy))
 }
 
 fn database(config: &DaemonConfig) -> DoctorCheck {

@@ -1,10 +1,12 @@
 //! The daemon under a service manager: the datagrams of systemd's notification protocol.
 
 use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::harness::World;
 
@@ -51,4 +53,42 @@ fn the_daemon_serves_without_its_service_manager() {
     let mut world = World::started(&[("NOTIFY_SOCKET", "/nonexistent/notify"), ("WATCHDOG_USEC", "1")]);
     assert_eq!(world.get("/health").status, 200);
     assert_eq!(world.stop(Signal::TERM).0, Some(0));
+}
+
+/// A host with a unit that ends VMs with the daemon. This machine's systemd is not the one that
+/// runs the daemon, so that a script answers in its place.
+fn world_with_unit(settings: &str) -> World {
+    let mut world = World::new(&[]);
+    let programs = world.dir.path().join("programs");
+    std::fs::create_dir(&programs).unwrap();
+    let script = programs.join("systemctl");
+    std::fs::write(
+        &script,
+        format!("#!/bin/sh\n[ \"$2\" = vmm-controlplane.service ] || exit 1\nprintf '{settings}'\n"),
+    )
+    .unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    world.set_env("PATH", Some(&path));
+    world
+}
+
+#[test]
+fn doctor_warns_of_a_unit_that_ends_vms() {
+    let lines = |settings: &str| {
+        let world = world_with_unit(settings);
+        let output = world.command().args(["doctor", "--json"]).output().unwrap();
+        let diagnosis: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let checks = diagnosis["checks"].as_array().unwrap().clone();
+        checks.into_iter().filter(|check| check["name"] == "systemd unit").collect::<Vec<_>>()
+    };
+    let found = lines(r"LoadState=loaded\nKillMode=control-group\nOOMPolicy=continue\n");
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(
+        found[0]["finding"].as_str().unwrap().contains("KillMode=control-group: every VM ends"),
+        "{found:?}"
+    );
+    assert!(found[0]["remedy"].as_str().unwrap().contains("KillMode=process"), "{found:?}");
+    assert!(lines(r"LoadState=loaded\nKillMode=process\nOOMPolicy=continue\n").is_empty());
+    assert!(lines(r"LoadState=not-found\nKillMode=control-group\n").is_empty());
 }
