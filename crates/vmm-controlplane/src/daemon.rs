@@ -21,7 +21,7 @@ use crate::health;
 use crate::metrics::{self, Metrics};
 use crate::notify::ServiceManager;
 use crate::operator;
-use crate::rpc::{self, HostPolicy, ServeOptions};
+use crate::rpc::{self, HostPolicy, Listener, ServeOptions, TlsServer, UnixSocket};
 use crate::runtime_dir;
 use crate::service_unit;
 
@@ -49,7 +49,7 @@ pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
     // address is bound before the service starts, so that an address in use ends the program before
     // any VM is touched. Clients that connect meanwhile wait in the backlog of the socket.
     let _lock = StateLock::acquire(&loaded.config.state_dir)?;
-    let listener = bind(&loaded.config).await?;
+    let listeners = bind(&loaded.config).await?;
     let (metrics_listener, no_metrics) = metrics::bind(&loaded).await?;
     let metrics = Metrics::new();
     let config = loaded.config;
@@ -64,11 +64,19 @@ pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
         VmService::start(metrics.measured_store(Arc::clone(&store) as _), backends, settings(&config))
             .await?;
 
-    let address = listener.local_addr()?;
+    let address = tcp_address(&listeners)?;
     let commit = (!crate::COMMIT.is_empty()).then_some(crate::COMMIT);
-    tracing::info!(%address, version = crate::VERSION, commit, backend = config.default_backend.as_str(), "serving");
+    tracing::info!(
+        address = address.map(tracing::field::display),
+        socket = config.socket.as_ref().map(|socket| tracing::field::display(socket.path.display())),
+        version = crate::VERSION,
+        commit,
+        backend = config.default_backend.as_str(),
+        "serving"
+    );
     let router = Arc::new(VmHandlers::new(service.clone())).register(connectrpc::Router::new());
-    let pages = health::pages(service.clone(), exposure(address).into_iter().chain(no_metrics).collect());
+    let exposed = address.and_then(|address| exposure(address, &config));
+    let pages = health::pages(service.clone(), exposed.into_iter().chain(no_metrics).collect());
     // Looking for leftovers reads the whole host and takes time, so it runs beside the daemon. It
     // only writes to the log.
     let healthy = service.clone();
@@ -96,7 +104,7 @@ pub async fn run(loaded: LoadedConfig) -> anyhow::Result<()> {
     // `serve` returns when the calls are answered or cut. An operation runs in a task of its own
     // and outlives its call, so the service is drained afterwards. The watchdog is served until
     // that drain is over, because the drain may last longer than the watchdog's interval.
-    rpc::serve(listener, router, pages, options, stop).await?;
+    rpc::serve(listeners, router, pages, options, stop).await?;
 
     match service.drain(DRAIN_TIMEOUT).await {
         0 => tracing::info!("the daemon has stopped; the VMs go on running"),
@@ -158,15 +166,40 @@ fn connections() -> ServeOptions {
     }
 }
 
-async fn bind(config: &DaemonConfig) -> anyhow::Result<TcpListener> {
-    let listen = &config.listen;
-    TcpListener::bind((listen.host.as_str(), listen.port)).await.with_context(|| {
-        format!("cannot listen on {listen}; set UNKEY_VMCP_ADDRESS and UNKEY_VMCP_PORT to an address of this host and a free port")
-    })
+/// Opens every listener of the configuration.
+async fn bind(config: &DaemonConfig) -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = Vec::new();
+    if let Some(listen) = &config.listen {
+        let listener = TcpListener::bind((listen.host.as_str(), listen.port)).await.with_context(|| {
+            format!("cannot listen on {listen}; set UNKEY_VMCP_ADDRESS and UNKEY_VMCP_PORT to an address of this host and a free port")
+        })?;
+        listeners.push(match &config.tls {
+            Some(files) => Listener::Tls(listener, TlsServer::load(files.clone())?),
+            None => Listener::Tcp(listener),
+        });
+    }
+    if let Some(socket) = &config.socket {
+        listeners.push(Listener::Unix(UnixSocket::bind(socket)?));
+    }
+    Ok(listeners)
 }
 
-/// Returns the warning of the health page for an address that other hosts can reach.
-fn exposure(address: SocketAddr) -> Option<String> {
+/// Returns the address of the listener on TCP, if there is one.
+fn tcp_address(listeners: &[Listener]) -> std::io::Result<Option<SocketAddr>> {
+    let address = listeners.iter().find_map(|listener| match listener {
+        Listener::Tcp(listener) | Listener::Tls(listener, _) => Some(listener.local_addr()),
+        Listener::Unix(_) => None,
+    });
+    address.transpose()
+}
+
+/// Returns the warning of the health page for an address that other hosts can reach without a client
+/// certificate.
+fn exposure(address: SocketAddr, config: &DaemonConfig) -> Option<String> {
+    warning_of_exposure(address).filter(|_| !config.demands_certificates())
+}
+
+fn warning_of_exposure(address: SocketAddr) -> Option<String> {
     (!is_loopback(address.ip()))
         .then(|| format!("{address} is reachable from other hosts, and no caller is authenticated"))
 }
@@ -206,7 +239,7 @@ mod tests {
             ("0.0.0.0:1", true),
             ("[::ffff:192.0.2.1]:1", true),
         ] {
-            assert_eq!(exposure(address.parse().unwrap()).is_some(), is_exposed, "{address}");
+            assert_eq!(warning_of_exposure(address.parse().unwrap()).is_some(), is_exposed, "{address}");
         }
     }
 }

@@ -25,6 +25,8 @@ pub struct Caller {
 pub enum CallerMethod {
     /// Nothing proves the name.
     Unauthenticated,
+    /// The kernel names the user of the process that connected to the unix socket.
+    PeerCredentials,
     /// The program itself acts, as its restart policy does.
     System,
     /// A method that this release does not know. A newer release wrote the record.
@@ -42,6 +44,11 @@ impl Caller {
     pub fn anonymous(address: Option<String>) -> Self {
         let name = if address.is_some() { "anonymous" } else { "unknown" };
         Self { name: name.to_owned(), method: CallerMethod::Unauthenticated, address }
+    }
+
+    /// Returns the local user with this id, which the kernel has proven.
+    pub fn local_user(uid: u32) -> Self {
+        Self { name: format!("uid:{uid}"), method: CallerMethod::PeerCredentials, address: None }
     }
 
     /// Returns a caller that goes by `name` without a proof and without an address.
@@ -110,5 +117,6 @@ mod tests {
         assert_eq!(Caller::anonymous(Some("10.0.0.1".to_owned())).to_string(), "anonymous@10.0.0.1");
         assert_eq!(Caller::anonymous(None).to_string(), "unknown");
         assert_eq!(Caller::named("tester").to_string(), "tester");
+        assert_eq!(Caller::local_user(1000).to_string(), "uid:1000");
     }
 }

@@ -1,6 +1,8 @@
 //! Parses the given texts into a [`DaemonConfig`]. Every setting is parsed, even after an error in
 //! another one, so that all errors are reported at once.
 
+mod listening;
+
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -8,11 +10,12 @@ use super::error::{ConfigError, ConfigErrors, Origin};
 use super::notices::DemandedFeatures;
 use super::settings::{Setting, SettingDefault};
 use super::sources::{self, Environment, GivenTexts, LoaderHost, variable_value};
-use super::values::{self, BackendChoice, Endpoint, ListenAddress, ValueError};
+use super::values::{self, BackendChoice, Endpoint, ValueError};
 use super::{
     BootDefaults, Cli, DaemonConfig, EffectiveSetting, HypervisorConfig, LoadedConfig, OtelConfig, notices,
     retired, sockets,
 };
+use listening::Listening;
 use std::time::Duration;
 
 /// The name of the program's folder in shared directories.
@@ -68,9 +71,7 @@ impl Loader<'_> {
     /// error about it was added.
     fn config(&mut self) -> Option<DaemonConfig> {
         use Setting as S;
-        let host = self.text(S::Address, values::address);
-        let port = self.text(S::Port, values::port);
-        let allowed_hosts = self.text(S::AllowedHosts, values::allowed_hosts);
+        let listening = self.listening();
         let cors_origins = self.text(S::CorsOrigins, values::cors_origins);
         let default_backend = self.text(S::Backend, values::backend);
         let ch_endpoint = self.endpoint(S::ChEndpoint, BackendChoice::CloudHypervisor);
@@ -110,9 +111,12 @@ impl Loader<'_> {
         // hide the errors of later settings. Features that this version does not have are errors
         // here only beside another error. Without one the configuration loads, so that it can be
         // shown, and `require_served` reports them.
+        let Listening { listen, socket, tls, allowed_hosts } = listening?;
         Some(DaemonConfig {
-            listen: ListenAddress { host: host?, port: port? },
-            allowed_hosts: allowed_hosts?,
+            listen,
+            socket,
+            tls,
+            allowed_hosts,
             cors_origins: cors_origins?,
             default_backend: default_backend?,
             ch: HypervisorConfig { endpoint: ch_endpoint?, binary: ch_binary? },

@@ -30,6 +30,8 @@ mod values;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::rpc::{TlsFiles, UnixSocketOptions};
+
 pub use cli::{Cli, ReconcileFlags, Subcommand};
 pub use error::{ConfigError, ConfigErrors, Origin};
 pub use retired::migrate_env;
@@ -82,8 +84,12 @@ pub struct OtelConfig {
 /// The daemon's configuration, valid in itself.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DaemonConfig {
-    /// The address on which the API listens.
-    pub listen: ListenAddress,
+    /// The address on which the API listens; `None` leaves the unix socket alone.
+    pub listen: Option<ListenAddress>,
+    /// The unix socket on which the API listens.
+    pub socket: Option<UnixSocketOptions>,
+    /// The certificates of the TCP port, which then serves TLS alone.
+    pub tls: Option<TlsFiles>,
     /// The names besides localhost and IP addresses that are served as Host, in lower case.
     pub allowed_hosts: Vec<String>,
     /// The origins whose web pages may call the API, in lower case.
@@ -120,6 +126,11 @@ pub struct DaemonConfig {
 }
 
 impl DaemonConfig {
+    /// Returns true if callers of the TCP port prove who they are, by a client certificate.
+    pub fn demands_certificates(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some())
+    }
+
     /// Returns the hypervisor of this name.
     pub fn hypervisor(&self, backend: BackendChoice) -> &HypervisorConfig {
         match backend {

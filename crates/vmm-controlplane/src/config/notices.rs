@@ -97,14 +97,15 @@ pub(super) fn warnings(
     host: &dyn LoaderHost,
 ) -> Vec<String> {
     let mut warnings = Vec::new();
-    if !config.listen.is_loopback() {
+    let exposed = config.listen.as_ref().filter(|listen| !listen.is_loopback());
+    if let Some(listen) = exposed.filter(|_| !config.demands_certificates()) {
         warnings.push(format!(
-            "listening on {} with no authentication configured: every program that reaches this address controls every VM; set {} to \
+            "listening on {listen} with no authentication configured: every program that reaches this address controls every VM; set {} to \
              127.0.0.1, or let only trusted machines through the firewall",
-            config.listen,
             Setting::Address.variable(),
         ));
     }
+    warnings.extend(listeners(config, given));
     warnings.extend(old_socket(config, host));
     if config.qemu_import && !matches!(config.qemu.endpoint, Endpoint::Libvirt(_)) {
         warnings.push(format!(
@@ -136,6 +137,29 @@ pub(super) fn warnings(
     ));
     warnings.extend(retired::warnings(env));
     warnings.extend(unknown_variables(env));
+    warnings
+}
+
+/// Returns the warnings about settings of listeners that are off or open to everybody.
+fn listeners(config: &DaemonConfig, given: &GivenTexts) -> Vec<String> {
+    let mut warnings = Vec::new();
+    match &config.socket {
+        None => {
+            let settings = [Setting::SocketMode, Setting::SocketGroup];
+            warnings.extend(without_effect(given, "no unix socket is named", &settings));
+        }
+        Some(socket) if socket.mode & 0o002 != 0 => warnings.push(format!(
+            "every local user may connect to {}, because its mode is {:04o}; set {} to 0660",
+            socket.path.display(),
+            socket.mode,
+            Setting::SocketMode.variable(),
+        )),
+        Some(_) => {}
+    }
+    if config.listen.is_none() {
+        let settings = [Setting::Port, Setting::TlsCert, Setting::TlsKey, Setting::TlsClientCa];
+        warnings.extend(without_effect(given, "the daemon does not listen on TCP", &settings));
+    }
     warnings
 }
 

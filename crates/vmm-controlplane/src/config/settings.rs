@@ -84,10 +84,22 @@ use SettingDefault::{Directory, Text, Unset};
 
 settings! {
     "Listening" {
-        /// IP address or host name to listen on.
+        /// IP address or host name to listen on; none leaves the unix socket alone.
         Address = "address" <"ADDRESS"> Text("127.0.0.1");
         /// TCP port to listen on; 0 lets the system choose a free one.
         Port = "port" <"PORT"> Text("8080");
+        /// Unix socket that serves the API too, an absolute path.
+        Socket = "socket" <"PATH"> Unset;
+        /// Permission bits of the unix socket, in octal digits.
+        SocketMode = "socket_mode" <"MODE"> Text("0660");
+        /// Group of the unix socket, a name or an id; if unset, the group of the daemon.
+        SocketGroup = "socket_group" <"GROUP"> Unset;
+        /// Certificate chain of the TCP port in PEM form, an absolute path; with it the port serves TLS alone.
+        TlsCert = "tls_cert" <"PATH"> Unset;
+        /// Private key of the certificate in PEM form, an absolute path.
+        TlsKey = "tls_key" <"PATH"> Unset;
+        /// Authorities of client certificates in PEM form, an absolute path; with them every client of the TCP port needs a certificate.
+        TlsClientCa = "tls_client_ca" <"PATH"> Unset;
         /// Names besides localhost and IP addresses that clients may use in the Host header, comma-separated.
         AllowedHosts = "allowed_hosts" <"NAME,..."> Text("");
         /// Origins whose web pages may call the API, comma-separated, such as `https://vms.example.com`.

@@ -29,6 +29,11 @@ pub trait LoaderHost {
     fn read_file(&self, path: &Path) -> io::Result<Vec<u8>>;
     /// Returns true if a path exists.
     fn exists(&self, path: &Path) -> bool;
+    /// Returns the id of the group with this name.
+    fn group(&self, name: &str) -> Option<u32> {
+        let _ = name;
+        None
+    }
     /// Returns the identity of the file that a path leads to. Two paths with the same identity are
     /// one file.
     fn identity(&self, path: &Path) -> String {
@@ -51,6 +56,10 @@ impl LoaderHost for ThisHost {
 
     fn exists(&self, path: &Path) -> bool {
         path.exists()
+    }
+
+    fn group(&self, name: &str) -> Option<u32> {
+        nix::unistd::Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw())
     }
 
     fn identity(&self, path: &Path) -> String {
@@ -147,15 +156,18 @@ fn read_file(
 
 /// The beginnings of the variables of this repository's scripts, tests and client, which have the
 /// short prefix and are no settings.
-const NO_SETTINGS: [&str; 15] = [
+const NO_SETTINGS: [&str; 18] = [
     "VMCP_BACKEND_MATRIX",
     "VMCP_BENCH_",
+    "VMCP_CA",
+    "VMCP_CERT",
     "VMCP_CHAOS_",
     "VMCP_COMPLETE",
     "VMCP_CONTEXT",
     "VMCP_DAEMON",
     "VMCP_DEMO_",
     "VMCP_GUEST_",
+    "VMCP_KEY",
     "VMCP_MIGRATION_",
     "VMCP_SERVER",
     "VMCP_SKIP_",

@@ -10,6 +10,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod listening;
+
 /// A machine with given answers.
 #[derive(Default)]
 struct FakeHost {
@@ -61,7 +63,9 @@ fn the_defaults_are_those_of_the_contract() {
     let LoadedConfig { config, effective, warnings } = good(&[], &[]);
     let managed = |binary: &str| HypervisorConfig { endpoint: Endpoint::Managed, binary: binary.into() };
     let want = DaemonConfig {
-        listen: ListenAddress { host: "127.0.0.1".into(), port: 8080 },
+        listen: Some(ListenAddress { host: "127.0.0.1".into(), port: 8080 }),
+        socket: None,
+        tls: None,
         allowed_hosts: vec![],
         cors_origins: vec![],
         default_backend: BackendChoice::CloudHypervisor,
@@ -112,7 +116,7 @@ fn flags_override_variables_which_override_the_file() {
         sources.into_iter().zip([1, 2, 3, 4, 8080].into_iter().zip(origins))
     {
         let loaded = load(args, variables, &file).unwrap();
-        assert_eq!(loaded.config.listen.port, port);
+        assert_eq!(loaded.config.listen.as_ref().unwrap().port, port);
         let entry = loaded.effective.iter().find(|entry| entry.setting == Setting::Port).unwrap();
         assert_eq!(entry.origin.to_string(), origin);
     }
@@ -261,9 +265,9 @@ fn the_default_file_is_read_if_no_other_is_named() {
     };
     let in_etc = host(&["/etc/vmm-controlplane/config.toml"]);
     let loaded = load(&[], &[], &in_etc).unwrap();
-    assert_eq!(loaded.config.listen.port, 81);
+    assert_eq!(loaded.config.listen.as_ref().unwrap().port, 81);
     assert!(loaded.report().contains("/etc/vmm-controlplane/config.toml:1 (port)"), "{}", loaded.report());
-    assert_eq!(load(&[], &[], &host(&[])).unwrap().config.listen.port, 8080);
+    assert_eq!(load(&[], &[], &host(&[])).unwrap().config.listen.as_ref().unwrap().port, 8080);
     let unreadable = FakeHost { file: None, ..host(&["/etc/vmm-controlplane/config.toml"]) };
     let shown = load(&[], &[], &unreadable).unwrap_err().to_string();
     assert!(

@@ -12,6 +12,10 @@ use std::time::Duration;
 
 use super::error::printable;
 
+mod listening;
+
+pub(super) use listening::{socket_group, socket_mode, socket_path};
+
 /// The longest path of a Unix socket that Linux accepts, in bytes.
 pub(super) const SOCKET_PATH_MAX: usize = 107;
 /// The bytes reserved for the names that the program makes below its runtime directory.
@@ -222,7 +226,12 @@ pub(super) fn port(text: &str) -> Result<u16, ValueError> {
     text.parse().map_err(|_| ValueError::not(text, "is not a port", "a number from 0 to 65535"))
 }
 
-pub(super) fn address(text: &str) -> Result<String, ValueError> {
+/// Reads an address, or `none`, which is no listener on TCP.
+pub(super) fn address(text: &str) -> Result<Option<String>, ValueError> {
+    if text == "none" { Ok(None) } else { tcp_address(text).map(Some) }
+}
+
+fn tcp_address(text: &str) -> Result<String, ValueError> {
     let bare = text.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(text);
     if bare.parse::<IpAddr>().is_ok() {
         return Ok(bare.to_owned());
@@ -236,7 +245,11 @@ pub(super) fn address(text: &str) -> Result<String, ValueError> {
         ));
     }
     host_name(text).ok_or_else(|| {
-        ValueError::not(text, "is neither an IP address nor a host name", "one, such as 127.0.0.1")
+        ValueError::not(
+            text,
+            "is neither an IP address nor a host name",
+            "one, such as 127.0.0.1, or to none",
+        )
     })
 }
 

@@ -45,7 +45,8 @@ pub(crate) async fn bind(loaded: &LoadedConfig) -> anyhow::Result<(Option<TcpLis
     if !otel.prometheus_enabled {
         return Ok((None, None));
     }
-    let host = loaded.config.listen.host.as_str();
+    // Without a TCP port of the API the page is for this host alone.
+    let host = loaded.config.listen.as_ref().map_or("127.0.0.1", |listen| listen.host.as_str());
     let port = Setting::OtelPrometheusPort;
     let error = match TcpListener::bind((host, otel.prometheus_port)).await {
         Ok(listener) => {

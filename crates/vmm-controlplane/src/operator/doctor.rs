@@ -10,7 +10,7 @@ use vmm_host::path::find_program;
 
 use super::check::{CheckVerdict, DoctorCheck};
 use super::held_qemus::{self, HeldQemu};
-use super::{CommandOutput, host, looked_at, spares};
+use super::{CommandOutput, access, host, looked_at, spares};
 use crate::backends;
 use crate::config::{self, DaemonConfig, Endpoint, LoadedConfig};
 use crate::{runtime_dir, service_unit};
@@ -48,6 +48,7 @@ pub(super) async fn run(loaded: &LoadedConfig, json: bool) -> anyhow::Result<Com
                 "`vmm-controlplane check-config` shows the origin of each setting",
             )
         }));
+        checks.extend(access::listeners(&for_host));
         checks.extend(host::kvm(needs_kvm(&for_host)));
         checks.extend(host::network());
         checks.push(host::cgroups());

@@ -16,6 +16,7 @@
 //! default backend cannot serve. It is 3 if `reconcile` left or found something that a person
 //! should look at.
 
+mod access;
 mod act;
 mod backup;
 mod check;

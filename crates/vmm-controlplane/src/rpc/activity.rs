@@ -21,9 +21,10 @@ use axum::body::Body;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
+
+use super::listener::Transport;
 
 /// The timeouts of an idle connection.
 #[derive(Clone, Copy, Debug)]
@@ -202,14 +203,17 @@ impl HttpBody for AnswerBody {
 
 /// A stream that notes when the bytes of an HTTP/1.1 head begin to arrive.
 pub(super) struct WatchedStream {
-    stream: TcpStream,
+    /// The bytes that were read from the stream before. They are read again first.
+    first: Bytes,
+    stream: Transport,
     activity: Option<Arc<ConnectionActivity>>,
 }
 
 impl WatchedStream {
-    /// Wraps `stream`. Bytes are reported only if an `activity` is given.
-    pub(super) fn new(stream: TcpStream, activity: Option<Arc<ConnectionActivity>>) -> Self {
-        Self { stream, activity }
+    /// Wraps `stream`, from which `first` was read. Bytes are reported only if an `activity` is
+    /// given.
+    pub(super) fn new(first: Bytes, stream: Transport, activity: Option<Arc<ConnectionActivity>>) -> Self {
+        Self { first, stream, activity }
     }
 }
 
@@ -220,7 +224,13 @@ impl AsyncRead for WatchedStream {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        let polled = if self.first.is_empty() {
+            Pin::new(&mut self.stream).poll_read(cx, buf)
+        } else {
+            let count = self.first.len().min(buf.remaining());
+            buf.put_slice(&self.first.split_to(count));
+            Poll::Ready(Ok(()))
+        };
         if let Some(activity) = self.activity.as_ref().filter(|_| buf.filled().len() > before) {
             activity.bytes_came();
         }

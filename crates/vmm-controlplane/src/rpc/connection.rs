@@ -1,12 +1,15 @@
 //! The life of one connection: its start, its timeouts and its end.
 //!
 //! ```text
-//!   accepted ──first bytes──► serving ──drain, eviction, idle──► closing ──► closed
-//!      │                         │                                  │
-//!      └── header_timeout        ├── header_timeout (HTTP/1.1)      └── cut after CLOSE_TIMEOUT
-//!                                ├── idle_timeout                       or drain_timeout
-//!                                └── no answer to a ping (HTTP/2)
+//!   accepted ──TLS, first bytes──► serving ──drain, eviction, idle──► closing ──► closed
+//!      │                              │                                  │
+//!      └── header_timeout             ├── header_timeout (HTTP/1.1)      └── cut after CLOSE_TIMEOUT
+//!                                     ├── idle_timeout                       or drain_timeout
+//!                                     └── no answer to a ping (HTTP/2)
 //! ```
+//!
+//! The same holds on every [`listener`](super::listener): behind TLS the first bytes are those that
+//! TLS has decrypted.
 //!
 //! The module [`connection_slots`](super::connection_slots) decides which connections get a slot.
 //! The module [`activity`](super::activity) computes how long a connection may be idle.
@@ -14,19 +17,19 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::response::Response;
+use bytes::Bytes;
 use connectrpc::server::PeerAddr;
+use futures::stream::{self, BoxStream, StreamExt as _};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use rustix::net::sockopt;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::AsyncReadExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{self, Instant};
@@ -37,13 +40,12 @@ use super::ServeOptions;
 use super::activity::{ConnectionActivity, IdleTimeouts, WatchedStream};
 use super::body::BodyLimits;
 use super::connection_slots::ConnectionSlots;
+use super::listener::{Accepted, Listener, Transport};
+use super::peer::Peer;
 use super::vital::{self, ScarceResource};
 
 /// The first bytes that every HTTP/2 client sends.
 const H2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-/// The interval between two checks of a preface that arrived in pieces, which hardly ever happens.
-const PREFACE_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The pause after the kernel refused a connection, usually for want of file descriptors.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
@@ -52,7 +54,7 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// idleness or makes room.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The number of connections without a slot that are served at once.
+/// The number of connections without a slot that one listener serves at once.
 const LAST_RESORT: usize = 32;
 
 /// The timeouts of a connection of last resort. They are short because a forced call is answered
@@ -61,41 +63,36 @@ const LAST_RESORT_PATIENCE: IdleTimeouts =
     IdleTimeouts { header: Duration::from_secs(2), idle: Duration::from_secs(2), once: true };
 const LAST_RESORT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The TCP keep-alive settings: the silence before the first probe, the interval between probes,
-/// and the number of unanswered probes after which the kernel closes the connection.
-const TCP_KEEPALIVE_DELAY: Duration = Duration::from_secs(60);
-const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
-const PEER_TRIES: u32 = 3;
-
 /// Serves connections until `shutdown` resolves. The connections that are open then may finish
 /// within the drain timeout.
 pub(super) async fn run(
-    listener: TcpListener,
+    listeners: Vec<Listener>,
     app: axum::Router,
     options: &ServeOptions,
     draining: watch::Receiver<bool>,
     shutdown: impl Future<Output = ()> + Send,
 ) {
     let server = Arc::new(ServerState::new(app, options, draining));
-    let last_resort = Arc::new(Semaphore::new(LAST_RESORT));
+    // Each listener has a last resort of its own, so that the clients of one cannot keep the clients
+    // of another from health and force.
+    let mut accepted = stream::select_all(listeners.into_iter().map(incoming));
     let mut connections = JoinSet::new();
     let mut shutdown = pin!(shutdown);
     loop {
         tokio::select! {
             // The order matters. Shutdown comes first, so that a flood of new connections cannot
             // delay it. Ended connections come second, so that their results do not pile up.
-            // `accept` may be dropped by the other two branches, because it loses nothing.
             biased;
             () = &mut shutdown => break,
             Some(ended) = connections.join_next() => report(ended),
-            (stream, peer, permit) = accept(&listener, &last_resort) => {
-                connections.spawn(Arc::clone(&server).serve(stream, peer, permit));
+            Some((connection, permit)) = accepted.next() => {
+                connections.spawn(Arc::clone(&server).serve(connection, permit));
             }
         }
     }
-    // The listener closes before the wait, so that a new client is refused at once instead of
+    // The listeners close before the wait, so that a new client is refused at once instead of
     // waiting in the backlog of a server that will not accept it.
-    drop(listener);
+    drop(accepted);
     wait_or_cut(connections, options.drain_timeout).await;
 }
 
@@ -123,12 +120,21 @@ fn report(ended: Result<(), JoinError>) {
     }
 }
 
-/// Takes a permit of last resort, then accepts a connection. The future may be dropped at any
-/// point, because nothing that was accepted is lost.
-async fn accept(
-    listener: &TcpListener,
-    last_resort: &Arc<Semaphore>,
-) -> (TcpStream, SocketAddr, Option<OwnedSemaphorePermit>) {
+/// An accepted connection, and the permit of last resort that was taken for it.
+type Admission = (Accepted, Option<OwnedSemaphorePermit>);
+
+/// Accepts the connections of one listener for ever. Dropping the stream closes the listener.
+fn incoming(listener: Listener) -> BoxStream<'static, Admission> {
+    let last_resort = Arc::new(Semaphore::new(LAST_RESORT));
+    let accepting = stream::unfold((listener, last_resort), |(listener, last_resort)| async {
+        let admission = accept(&listener, &last_resort).await;
+        Some((admission, (listener, last_resort)))
+    });
+    accepting.boxed()
+}
+
+/// Takes a permit of last resort, then accepts a connection.
+async fn accept(listener: &Listener, last_resort: &Arc<Semaphore>) -> Admission {
     // The permit is taken before the connection is accepted, because only after the accept is it
     // known whether the connection gets a slot. So there is always room to serve it as a last
     // resort, and at most LAST_RESORT connections without a slot exist at once. Further clients
@@ -137,7 +143,7 @@ async fn accept(
     let permit = Arc::clone(last_resort).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => return (stream, peer, permit),
+            Ok(accepted) => return (accepted, permit),
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted; the daemon tries again");
                 time::sleep(ACCEPT_RETRY_DELAY).await;
@@ -159,7 +165,7 @@ struct ServerState {
 
 /// The facts about one connection that its requests need.
 struct ConnectionFacts {
-    peer: SocketAddr,
+    peer: Peer,
     activity: Arc<ConnectionActivity>,
     is_last_resort: bool,
 }
@@ -191,12 +197,8 @@ impl ServerState {
     }
 
     /// Serves one connection to its end, with a slot of its own or as a last resort.
-    async fn serve(
-        self: Arc<Self>,
-        stream: TcpStream,
-        peer: SocketAddr,
-        permit: Option<OwnedSemaphorePermit>,
-    ) {
+    async fn serve(self: Arc<Self>, accepted: Accepted, permit: Option<OwnedSemaphorePermit>) {
+        let peer = accepted.peer;
         let _descriptor = descriptors::CountedClient::new();
         let activity = ConnectionActivity::new();
         // A connection with a slot returns its permit at once, because the permits are for
@@ -206,11 +208,11 @@ impl ServerState {
         if let Some(_slot) = self.slots.admit(peer, &activity) {
             drop(permit);
             let connection = ConnectionFacts { peer, activity, is_last_resort: false };
-            return self.serve_http(stream, &connection, self.timeouts).await;
+            return self.serve_http(accepted, &connection, self.timeouts).await;
         }
         tracing::debug!(%peer, "no connection is free; this one gets one answer");
         let connection = ConnectionFacts { peer, activity, is_last_resort: true };
-        let talk = self.serve_http(stream, &connection, LAST_RESORT_PATIENCE);
+        let talk = self.serve_http(accepted, &connection, LAST_RESORT_PATIENCE);
         if time::timeout(LAST_RESORT_TIMEOUT, talk).await.is_err() {
             tracing::debug!(%peer, "the connection was cut, because its one answer took too long");
         }
@@ -218,32 +220,31 @@ impl ServerState {
 
     /// Speaks HTTP on a connection until it ends. Errors are logged at level DEBUG only, because
     /// the peer causes them.
-    async fn serve_http(&self, stream: TcpStream, connection: &ConnectionFacts, timeouts: IdleTimeouts) {
+    async fn serve_http(&self, accepted: Accepted, connection: &ConnectionFacts, timeouts: IdleTimeouts) {
         let peer = connection.peer;
         let mut draining = self.draining.clone();
         // Until the first bytes have come there is no HTTP connection that could be closed
         // gracefully. So a drain or an eviction simply drops the socket here. No request has been
         // read by then.
+        // One timeout bounds the TLS handshake and the wait for the first bytes, so that a peer that
+        // is slow at either cannot hold its slot for longer.
         let begun = tokio::select! {
-            begun = time::timeout(timeouts.header, first_bytes(&stream)) => begun,
+            begun = time::timeout(timeouts.header, begin(accepted)) => begun,
             () = drain(&mut draining) => return,
             () = connection.activity.evicted() => return,
         };
-        let http = match begun {
-            Ok(Ok(Some(http))) => http,
+        let (stream, first) = match begun {
+            Ok(Ok(Some(begun))) => begun,
             Ok(Ok(None)) => return,
             Ok(Err(error)) => return tracing::debug!(%peer, %error, "the connection failed"),
             Err(_elapsed) => {
                 return tracing::debug!(%peer, "the connection was closed, because it sent no request in time");
             }
         };
-        if let Err(error) = set_socket_options(&stream) {
-            tracing::debug!(%peer, %error, "the options of a socket could not be set");
-        }
         // Only the bytes of HTTP/1.1 show when a head begins, because the bytes of HTTP/2 may
         // belong to any stream or to a ping. So `ConnectionActivity` sees none of HTTP/2.
-        let heads = (http == HttpVersion::One).then(|| Arc::clone(&connection.activity));
-        let stream = TokioIo::new(WatchedStream::new(stream, heads));
+        let heads = (first[..] != H2_PREFACE[..]).then(|| Arc::clone(&connection.activity));
+        let stream = TokioIo::new(WatchedStream::new(first, stream, heads));
         let service = service_fn(|request| self.answer(request, connection));
         let mut talk = pin!(self.http.serve_connection(stream, service));
         // Five events can come, in any order. (1) The connection ends by itself: nothing is left to
@@ -308,7 +309,10 @@ impl ServerState {
         };
         let underway = connection.activity.begin(permit);
         let mut request = self.bodies.guard(request, is_vital);
-        request.extensions_mut().insert(PeerAddr(connection.peer));
+        request.extensions_mut().insert(connection.peer);
+        if let Peer::Network { address, .. } = connection.peer {
+            request.extensions_mut().insert(PeerAddr(address));
+        }
         if let Some(scarcity) = scarcity {
             request.extensions_mut().insert(scarcity);
         }
@@ -331,48 +335,21 @@ async fn drain(draining: &mut watch::Receiver<bool>) {
     let _ended_either_way = draining.wait_for(|draining| *draining).await.is_ok();
 }
 
-/// Sets the options of an accepted socket.
-fn set_socket_options(stream: &TcpStream) -> io::Result<()> {
-    // Answers are small, and without this option the kernel would hold some back for 40 ms.
-    stream.set_nodelay(true)?;
-    // A peer that lost its power closes nothing. HTTP/2 has pings to detect that, but a watch over
-    // HTTP/1.1 has only TCP keep-alive.
-    sockopt::set_tcp_keepidle(stream, TCP_KEEPALIVE_DELAY)?;
-    sockopt::set_tcp_keepintvl(stream, TCP_KEEPALIVE_INTERVAL)?;
-    sockopt::set_tcp_keepcnt(stream, PEER_TRIES)?;
-    Ok(sockopt::set_socket_keepalive(stream, true)?)
-}
-
-/// The versions of HTTP between which a connection's treatment differs.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum HttpVersion {
-    One,
-    Two,
-}
-
-/// Waits until the first bytes show whether the peer speaks HTTP/1.1 or HTTP/2. Returns `None` if
-/// the peer closed the connection instead.
+/// Opens an accepted connection, and reads until the first bytes show whether the peer speaks
+/// HTTP/1.1 or HTTP/2. Returns `None` if the peer closed the connection instead.
 ///
-/// The bytes are peeked at and stay in the socket for the library. The caller bounds this wait,
-/// because the library has timeouts only for what follows.
-async fn first_bytes(stream: &TcpStream) -> io::Result<Option<HttpVersion>> {
+/// The bytes are the whole preface of HTTP/2, or a beginning of anything else. The caller bounds
+/// this wait, because the library has timeouts only for what follows.
+async fn begin(accepted: Accepted) -> io::Result<Option<(Transport, Bytes)>> {
+    let mut stream = accepted.open().await?;
     let mut seen = [0; H2_PREFACE.len()];
-    loop {
-        let count = stream.peek(&mut seen).await?;
-        if count == 0 {
-            return Ok(None);
+    let mut count = 0;
+    // A beginning of the preface could still become either version, so more bytes are needed.
+    while count < seen.len() && H2_PREFACE.starts_with(&seen[..count]) {
+        match stream.read(&mut seen[count..]).await? {
+            0 => return Ok(None),
+            more => count += more,
         }
-        // Three cases are left. Bytes that differ from the preface are HTTP/1.1. The whole preface
-        // is HTTP/2. A beginning of the preface could still become either, so more bytes are
-        // needed.
-        if !H2_PREFACE.starts_with(&seen[..count]) {
-            return Ok(Some(HttpVersion::One));
-        }
-        if count == seen.len() {
-            return Ok(Some(HttpVersion::Two));
-        }
-        // `peek` returns at once as long as any byte is unread, so it cannot wait for further
-        // bytes.
-        time::sleep(PREFACE_POLL_INTERVAL).await;
     }
+    Ok(Some((stream, Bytes::copy_from_slice(&seen[..count]))))
 }

@@ -9,15 +9,18 @@
 //!      └─────── else ──► a connection of last resort: one answer, soon, to health and force alone
 //! ```
 //!
-//! A peer is an IPv4 address or a /64 network of IPv6, because one host usually has a whole /64.
-//! Connections from this host have no limit per peer, because all local clients share one address.
-//! Between local clients only the eviction of idle connections and the last resort make room.
+//! A client is an IPv4 address, a /64 network of IPv6, because one host usually has a whole /64, or
+//! a user on the unix socket. TCP connections from this host have no limit per client, because all
+//! local clients share one address. Between them only the eviction of idle connections and the last
+//! resort make room. Root and the daemon's own user have no limit either, because they need no
+//! connection to harm the daemon.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::activity::ConnectionActivity;
+use super::peer::Peer;
 
 /// The most connections that may be closing at the same time to make room for others.
 const MOST_LEAVING: usize = 32;
@@ -33,12 +36,12 @@ pub(super) struct ConnectionSlots {
 struct AdmissionState {
     last: u64,
     open: HashMap<u64, OpenConnection>,
-    peers: HashMap<Peer, usize>,
+    clients: HashMap<Client, usize>,
     leaving: usize,
 }
 
 struct OpenConnection {
-    peer: Peer,
+    client: Client,
     activity: Arc<ConnectionActivity>,
     /// True once the slot belongs to another connection and this one is closing.
     leaving: bool,
@@ -46,16 +49,23 @@ struct OpenConnection {
 
 /// The identity under which connections count as those of one client.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Peer {
-    ThisHost,
+enum Client {
+    /// Clients that cannot be told apart or need no limit.
+    Unlimited,
     V4([u8; 4]),
     V6Network([u8; 8]),
+    User(u32),
 }
 
-impl Peer {
-    fn of(address: SocketAddr) -> Self {
+impl Client {
+    fn of(peer: Peer) -> Self {
+        let address = match peer {
+            Peer::Network { address, .. } => address,
+            Peer::LocalUser { uid, .. } if is_trusted(uid) => return Self::Unlimited,
+            Peer::LocalUser { uid, .. } => return Self::User(uid),
+        };
         match address.ip().to_canonical() {
-            ip if ip.is_loopback() => Self::ThisHost,
+            ip if ip.is_loopback() => Self::Unlimited,
             IpAddr::V4(ip) => Self::V4(ip.octets()),
             IpAddr::V6(ip) => {
                 let [a, b, c, d, e, f, g, h, ..] = ip.octets();
@@ -63,6 +73,11 @@ impl Peer {
             }
         }
     }
+}
+
+/// Returns true for root and the daemon's own user.
+fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 impl ConnectionSlots {
@@ -74,27 +89,27 @@ impl ConnectionSlots {
     /// there is no free slot and no idle connection.
     pub(super) fn admit(
         self: &Arc<Self>,
-        address: SocketAddr,
+        peer: Peer,
         activity: &Arc<ConnectionActivity>,
     ) -> Option<ConnectionSlot> {
-        let peer = Peer::of(address);
+        let client = Client::of(peer);
         let mut state = self.state();
-        // The peer's share is checked before the slots of the server. A peer that has used up its
-        // share may replace only an idle connection of its own, so one peer cannot evict the idle
-        // connections of others. A peer within its share takes a free slot, or replaces the
+        // The client's share is checked before the slots of the server. A client that has used up its
+        // share may replace only an idle connection of its own, so one client cannot evict the idle
+        // connections of others. A client within its share takes a free slot, or replaces the
         // connection that has been idle longest, whoever owns it. A connection that is leaving has
         // given its slot away already and is not counted. All of this happens under one lock, so
         // two new connections cannot take the same slot.
-        let of_peer = state.peers.get(&peer).copied().unwrap_or(0);
-        if peer != Peer::ThisHost && of_peer >= self.slots_per_peer {
-            state.evict(|open| open.peer == peer)?;
+        let of_client = state.clients.get(&client).copied().unwrap_or(0);
+        if client != Client::Unlimited && of_client >= self.slots_per_peer {
+            state.evict(|open| open.client == client)?;
         } else if state.open.len() - state.leaving >= self.slots {
             state.evict(|_| true)?;
         }
         state.last += 1;
         let number = state.last;
-        state.open.insert(number, OpenConnection { peer, activity: Arc::clone(activity), leaving: false });
-        *state.peers.entry(peer).or_default() += 1;
+        state.open.insert(number, OpenConnection { client, activity: Arc::clone(activity), leaving: false });
+        *state.clients.entry(client).or_default() += 1;
         Some(ConnectionSlot { slots: Arc::clone(self), number })
     }
 
@@ -122,17 +137,17 @@ impl AdmissionState {
         // sees `leaving` and does not release the share a second time.
         open.leaving = true;
         open.activity.evict();
-        let peer = open.peer;
+        let client = open.client;
         self.leaving += 1;
-        self.release(peer);
+        self.release(client);
         Some(())
     }
 
-    fn release(&mut self, peer: Peer) {
-        if let Some(count) = self.peers.get_mut(&peer) {
+    fn release(&mut self, client: Client) {
+        if let Some(count) = self.clients.get_mut(&client) {
             *count -= 1;
             if *count == 0 {
-                self.peers.remove(&peer);
+                self.clients.remove(&client);
             }
         }
     }
@@ -151,7 +166,7 @@ impl Drop for ConnectionSlot {
         if open.leaving {
             state.leaving -= 1;
         } else {
-            state.release(open.peer);
+            state.release(open.client);
         }
     }
 }
@@ -166,7 +181,8 @@ mod tests {
         address: &str,
     ) -> (Arc<ConnectionActivity>, Option<ConnectionSlot>) {
         let activity = ConnectionActivity::new();
-        let slot = slots.admit(address.parse().unwrap(), &activity);
+        let peer = Peer::Network { address: address.parse().unwrap(), has_certificate: false };
+        let slot = slots.admit(peer, &activity);
         (activity, slot)
     }
 
@@ -223,5 +239,21 @@ mod tests {
         assert!(crowd.iter().all(|(_, slot)| slot.is_some()));
         let flood: Vec<_> = (0..100).map(|_| connect(&slots, "127.0.0.1:2")).collect();
         assert_eq!(flood.iter().filter(|(_, slot)| slot.is_some()).count(), MOST_LEAVING);
+    }
+
+    #[tokio::test]
+    async fn a_local_user_has_a_share_and_root_has_none() {
+        let slots = ConnectionSlots::new(10, 1);
+        let connect = |uid| {
+            let activity = ConnectionActivity::new();
+            let request = activity.begin(None);
+            (slots.admit(Peer::LocalUser { uid, pid: None }, &activity), request)
+        };
+        let other = rustix::process::geteuid().as_raw() + 1;
+        let _first = connect(other);
+        assert!(connect(other).0.is_none(), "the second connection of one user");
+        assert!(connect(other + 1).0.is_some());
+        let roots: Vec<_> = (0..5).map(|_| connect(0)).collect();
+        assert!(roots.iter().all(|(slot, _)| slot.is_some()));
     }
 }

@@ -17,6 +17,7 @@ use http::Version;
 use http::header::HOST;
 use http::uri::Authority;
 
+use super::peer::Peer;
 use super::{failure_log, vital};
 
 /// The names that the server answers to.
@@ -83,11 +84,14 @@ const HEALTH_SERVICE: &str = "/grpc.health.v1.Health/";
 
 /// Answers PERMISSION_DENIED, HTTP 403, to a request whose Host is not served.
 ///
-/// Health is reported under every name, because load balancers ask for it under names of their own,
+/// A peer that cannot be a foreign page may use every name: programs on the unix socket have none to
+/// send, and those with a client certificate check the server's. Health is reported under every name, because load balancers ask for it under names of their own,
 /// and because a page that learns by a rebound name that the daemon is healthy gains nothing.
 pub(super) async fn check(State(policy): State<Arc<HostPolicy>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    if vital::is_health(path) || path.starts_with(HEALTH_SERVICE) {
+    let can_be_foreign_page =
+        request.extensions().get::<Peer>().is_none_or(|peer| peer.can_be_foreign_page());
+    if vital::is_health(path) || path.starts_with(HEALTH_SERVICE) || !can_be_foreign_page {
         return next.run(request).await;
     }
     let Some(objection) = policy.objection(&request) else { return next.run(request).await };

@@ -1,12 +1,14 @@
 //! The HTTP server in front of the API. It concerns the wire and knows nothing of virtual machines.
 //!
-//! One port answers Connect (JSON and binary, GET for reads), gRPC and gRPC-Web, over HTTP/1.1 and
-//! cleartext HTTP/2. It also answers the standard gRPC health and reflection services, and the
+//! Each listener answers Connect (JSON and binary, GET for reads), gRPC and gRPC-Web, over HTTP/1.1
+//! and HTTP/2, with prior knowledge in clear text and by ALPN under TLS. It also answers the standard gRPC health and reflection services, and the
 //! plain pages of the caller. The caller registers its services on a [`connectrpc::Router`] and
 //! passes it to [`serve`].
 //!
 //! ```text
-//!   socket ── connection.rs   header timeouts, idle time, keep-alive pings, drain at shutdown
+//!   socket ── listener.rs     TCP, TLS (tls.rs), unix socket (unix_socket.rs), and the peer (peer.rs)
+//!      │
+//!      ├───── connection.rs   header timeouts, idle time, keep-alive pings, drain at shutdown
 //!      │      ├ connection_slots.rs   shares of peers, and the last resort for health and force
 //!      │      └ activity.rs    the time since when a connection is idle
 //!      │
@@ -42,12 +44,16 @@ pub mod error;
 mod failure_log;
 mod host;
 mod interceptors;
+mod listener;
 mod options;
 mod paths;
+mod peer;
 mod request_id;
 pub(crate) mod strict_json;
 mod syntax;
+mod tls;
 mod trace_context;
+mod unix_socket;
 mod values;
 mod vital;
 
@@ -55,15 +61,17 @@ use std::future::Future;
 use std::sync::Arc;
 
 use connectrpc::{ConnectRpcService, DeadlinePolicy, Limits};
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub use call_meter::CallMeter;
 pub use connectrpc_health::{StaticChecker, Status};
 pub use host::HostPolicy;
+pub use listener::Listener;
 pub use options::{IsHealthy, ServeOptions};
 pub use request_id::{RequestId, caller, record_vm_id};
+pub use tls::{TlsError, TlsFiles, TlsServer};
+pub use unix_socket::{UnixSocket, UnixSocketError, UnixSocketOptions};
 pub use vital::require_force;
 
 /// The reason for which the server could not begin to serve.
@@ -78,7 +86,7 @@ pub enum ServeError {
     Description(#[from] buffa_descriptor::PoolError),
 }
 
-/// Serves `router` and the pages of `http` on `listener` until `shutdown` resolves, then drains.
+/// Serves `router` and the pages of `http` on `listeners` until `shutdown` resolves, then drains.
 ///
 /// At shutdown the health service turns to NOT_SERVING, no new connection is accepted, and streams
 /// end with UNAVAILABLE. Calls under way have `options.drain_timeout` to finish before their
@@ -91,7 +99,7 @@ pub enum ServeError {
 /// Errors occur only before the first connection is accepted. Errors of single connections are
 /// logged.
 pub async fn serve(
-    listener: TcpListener,
+    listeners: Vec<Listener>,
     router: connectrpc::Router,
     http: axum::Router,
     options: ServeOptions,
@@ -122,9 +130,12 @@ pub async fn serve(
         ending.end();
         drain.send_replace(true);
     };
+    let tls: Vec<_> = listeners.iter().filter_map(Listener::tls).collect();
+    let reloading = futures::future::join_all(tls.into_iter().map(TlsServer::reload_forever));
+    let forever = async { tokio::join!(live.poll_forever(), reloading) };
     tokio::select! {
-        () = connection::run(listener, app, &options, draining, shutdown) => {}
-        () = live.poll_forever() => {}
+        () = connection::run(listeners, app, &options, draining, shutdown) => {}
+        _ = forever => {}
     }
     Ok(())
 }

@@ -7,13 +7,13 @@ use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use connectrpc::RequestContext;
-use connectrpc::server::PeerAddr;
 use http::{Extensions, HeaderName, HeaderValue};
 use tracing::{Instrument as _, Span, field};
 use uuid::Uuid;
 use vmm_core::caller::Caller;
 
 use super::failure_log::{FailureCounts, FailureLog};
+use super::peer::Peer;
 use super::trace_context::TraceParent;
 
 const HEADER: HeaderName = HeaderName::from_static("x-request-id");
@@ -56,10 +56,10 @@ fn is_sane(id: &str) -> bool {
 #[derive(Clone)]
 struct RequestSpan(Span);
 
-/// Returns the caller for the audit trail. Only the peer's address is known, because no caller
-/// proves a name yet.
+/// Returns the caller for the audit trail: the user on the unix socket, and elsewhere the address,
+/// because no caller proves a name there yet.
 pub fn caller(extensions: &Extensions) -> Caller {
-    Caller::anonymous(extensions.get::<PeerAddr>().map(|peer| peer.0.ip().to_string()))
+    extensions.get::<Peer>().map_or_else(|| Caller::anonymous(None), |peer| peer.caller())
 }
 
 /// Puts the VM's id into the log span of the request that `ctx` belongs to.

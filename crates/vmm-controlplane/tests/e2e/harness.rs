@@ -160,7 +160,7 @@ impl World {
             };
             let parsed: Value = serde_json::from_str(&line).unwrap_or_default();
             if parsed["message"] == "serving" {
-                break parsed["address"].as_str().unwrap().to_owned();
+                break parsed["address"].as_str().unwrap_or_default().to_owned();
             }
             seen.push(line);
         };

@@ -31,6 +31,7 @@ mod hypervisor_failures;
 mod libvirt;
 mod libvirt_session;
 mod lifecycle;
+mod listeners;
 mod log;
 mod log_lines;
 mod metrics;

@@ -7,6 +7,7 @@ use http::{HeaderMap, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 /// A whole answer.
@@ -42,10 +43,18 @@ async fn collect(response: http::Response<hyper::body::Incoming>) -> Reply {
 }
 
 /// Sends a request over HTTP/1.1, with a loopback Host unless it has one.
-pub(crate) async fn send(addr: SocketAddr, mut request: Request<Full<Bytes>>) -> Reply {
-    let host = http::HeaderValue::from_str(&addr.to_string()).unwrap();
+pub(crate) async fn send(addr: SocketAddr, request: Request<Full<Bytes>>) -> Reply {
+    send_on(TcpStream::connect(addr).await.unwrap(), &addr.to_string(), request).await
+}
+
+/// Sends a request over HTTP/1.1 on a connection of its own, with `host` unless the request has one.
+pub(crate) async fn send_on(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    host: &str,
+    mut request: Request<Full<Bytes>>,
+) -> Reply {
+    let host = http::HeaderValue::from_str(host).unwrap();
     request.headers_mut().entry(http::header::HOST).or_insert(host);
-    let stream = TcpStream::connect(addr).await.unwrap();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
     let driver = tokio::spawn(connection);
     let reply = collect(sender.send_request(request).await.unwrap()).await;

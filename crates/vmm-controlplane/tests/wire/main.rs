@@ -13,3 +13,5 @@ mod json;
 mod protocols;
 mod refusals;
 mod server;
+mod tls;
+mod unix_socket;

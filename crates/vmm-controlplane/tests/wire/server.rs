@@ -9,7 +9,7 @@ use futures::{StreamExt as _, stream};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
-use vmm_controlplane::rpc::{self, RequestId, ServeError, ServeOptions};
+use vmm_controlplane::rpc::{self, Listener, RequestId, ServeError, ServeOptions};
 use vmm_proto::v1 as pb;
 use vmm_proto::v1::VmServiceExt as _;
 
@@ -30,11 +30,21 @@ impl TestServer {
 
     pub(crate) async fn with(options: ServeOptions) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addr = listener.local_addr().unwrap();
+        Self::on(vec![listener.into()], options).await
+    }
+
+    /// Serves on listeners of the test's own.
+    pub(crate) async fn on(listeners: Vec<Listener>, options: ServeOptions) -> Self {
+        let addr = listeners.iter().find_map(|listener| match listener {
+            Listener::Tcp(listener) | Listener::Tls(listener, _) => listener.local_addr().ok(),
+            Listener::Unix(_) => None,
+        });
+        let addr = addr.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0)));
         let waiting = Arc::new(Notify::new());
         let router = Arc::new(Echo { waiting: Arc::clone(&waiting) }).register(connectrpc::Router::new());
         let pages = axum::Router::new()
             .route("/_/health", axum::routing::get(|| async { "{\"status\":\"healthy\"}" }))
+            .route("/caller", axum::routing::get(caller))
             .route("/panic", axum::routing::get(page_that_panics));
         let (stop, stopped) = oneshot::channel::<()>();
         let served = options.clone();
@@ -42,7 +52,7 @@ impl TestServer {
             let shutdown = async {
                 let _ = stopped.await;
             };
-            rpc::serve(listener, router, pages, served, shutdown).await
+            rpc::serve(listeners, router, pages, served, shutdown).await
         });
         Self { addr, options, waiting, stop: Some(stop), task }
     }
@@ -67,6 +77,11 @@ impl Drop for TestServer {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// Answers with the caller as events and the log name it.
+async fn caller(request: axum::extract::Request) -> String {
+    rpc::caller(request.extensions()).to_string()
 }
 
 async fn page_that_panics() -> &'static str {

@@ -96,11 +96,12 @@ fn addresses_and_ports() {
     check(
         address,
         [
-            ("127.0.0.1", "127.0.0.1".to_owned()),
-            ("::", "::".to_owned()),
-            ("[::1]", "::1".to_owned()),
-            ("localhost", "localhost".to_owned()),
-            ("VMs.Example.com.", "vms.example.com".to_owned()),
+            ("none", None),
+            ("127.0.0.1", Some("127.0.0.1".to_owned())),
+            ("::", Some("::".to_owned())),
+            ("[::1]", Some("::1".to_owned())),
+            ("localhost", Some("localhost".to_owned())),
+            ("VMs.Example.com.", Some("vms.example.com".to_owned())),
         ],
         &[
             "",
@@ -139,7 +140,7 @@ fn only_loopback_addresses_count_as_loopback() {
         ("192.0.2.1", false),
         ("vms.example.com", false),
     ] {
-        let listen = ListenAddress { host: address(host).unwrap(), port: 80 };
+        let listen = ListenAddress { host: address(host).unwrap().unwrap(), port: 80 };
         assert_eq!(listen.is_loopback(), loopback, "{host}");
     }
     assert_eq!(ListenAddress { host: "::1".into(), port: 80 }.to_string(), "[::1]:80");
