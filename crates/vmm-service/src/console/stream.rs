@@ -40,9 +40,12 @@ const PIECE: usize = 64 << 10;
 const PIECES: usize = 4;
 /// The limits of the reader, which takes one piece a round.
 const LIMITS: TailLimits = TailLimits { record: PIECE, round: PIECE as u64 };
-/// The shortest time between two short pieces of a stream, in which more output collects. A guest
-/// writes byte by byte. The first byte after a longer silence is sent at once.
+/// The delay behind a short piece, in which more output collects, because a guest writes byte by
+/// byte. The first byte after a silence is sent at once.
 const COALESCE_DELAY: Duration = Duration::from_millis(1);
+/// The longest such delay. A guest that prints without end would otherwise wake the daemon and the
+/// client a thousand times a second, and slow down the calls of others.
+const MAX_COALESCE_DELAY: Duration = Duration::from_millis(16);
 /// The interval between two looks for a file that does not exist yet.
 const FILE_INTERVAL: Duration = Duration::from_millis(100);
 /// The interval at which a follower looks whether another program has replaced the file.
@@ -94,6 +97,8 @@ pub struct ConsoleStream {
     removed: Waiter,
     watch: Option<FileWatch>,
     ready: VecDeque<ConsoleChunk>,
+    /// The delay behind the last short piece. `None` after a silence.
+    delay: Option<Duration>,
     /// The earliest time of the next read, after a short piece.
     not_before: Option<Instant>,
 }
@@ -118,6 +123,7 @@ impl ConsoleStream {
             removed,
             watch: None,
             ready: VecDeque::new(),
+            delay: None,
             not_before: None,
         };
         if !stream.open().await?
@@ -231,7 +237,10 @@ impl ConsoleStream {
         if let Some(last) = pieces.last() {
             // The watch of a file that grows would wake this stream at each write.
             self.watch = None;
-            self.not_before = (last.data.len() < PIECE).then(|| Instant::now() + COALESCE_DELAY);
+            if last.data.len() < PIECE {
+                let delay = next_delay(self.delay);
+                (self.delay, self.not_before) = (Some(delay), Some(Instant::now() + delay));
+            }
         }
         self.ready.extend(pieces);
         Ok(!self.ready.is_empty())
@@ -245,6 +254,7 @@ impl ConsoleStream {
             self.watch = Some(self.shared.consoles.watcher.watch(&self.file.path));
             return Ok(());
         };
+        self.delay = None;
         tokio::select! {
             _ = self.removed.changed() => Ok(()),
             () = watch.grown() => Ok(()),
@@ -283,6 +293,11 @@ impl ConsoleQuery {
     }
 }
 
+/// Returns the delay behind a short piece, if `before` was that behind the piece before.
+fn next_delay(before: Option<Duration>) -> Duration {
+    before.map_or(COALESCE_DELAY, |before| MAX_COALESCE_DELAY.min(2 * before))
+}
+
 fn past_the_end(offset: u64, end: u64) -> ServiceError {
     ConsoleFailure::PastTheEnd { offset, end }.into()
 }
@@ -300,4 +315,19 @@ fn read_piece(tail: &mut Tail, file: &File, end: u64) -> io::Result<Option<Conso
     })?;
     let offset = tail.offset().saturating_sub(data.len() as u64);
     Ok((!data.is_empty()).then_some(ConsoleChunk { offset, data }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_delay_of_a_stream_grows_while_its_guest_prints() {
+        let delays: Vec<_> =
+            std::iter::successors(Some(next_delay(None)), |delay| Some(next_delay(Some(*delay))))
+                .map(|delay| delay.as_millis())
+                .take(7)
+                .collect();
+        assert_eq!(delays, [1, 2, 4, 8, 16, 16, 16]);
+    }
 }

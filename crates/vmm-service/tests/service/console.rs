@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use vmm_core::backend::{BackendErrorKind, Effect};
 use vmm_core::config::{ConsoleConfig, VmConfig};
@@ -158,6 +159,37 @@ fn a_follower_waits_for_the_first_output_and_ends_with_the_vm() {
         vms.force_delete("vm").await.unwrap();
         assert_eq!(late.await.unwrap(), None, "the deletion ends the stream without an error");
         refused(vms.service.stream_console(follow("vm")).await.map(drop), "not-found");
+    });
+}
+
+#[test]
+fn a_guest_that_prints_without_end_is_streamed_in_few_pieces_and_a_quiet_guest_at_once() {
+    let bed = Bed::new();
+    bed.life(async |vms| {
+        vms.run("vm", bed.config()).await;
+        let path = file(&bed, &vms, "vm");
+        let mut stream = vms.service.stream_console(follow("vm")).await.unwrap();
+        let reading = tokio::spawn(async move {
+            let (mut pieces, mut end) = (0, 0);
+            while end < 1000 {
+                let piece = stream.next().await.unwrap().unwrap();
+                (pieces, end) = (pieces + 1, piece.offset + piece.data.len() as u64);
+            }
+            (pieces, stream)
+        });
+        // One byte each millisecond. The clock is the test's own.
+        for _ in 0..1000 {
+            print(&path, b"x");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let (pieces, mut stream) = reading.await.unwrap();
+        assert!((2..200).contains(&pieces), "{pieces}");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        for key in ["a", "b", "c"] {
+            print(&path, key.as_bytes());
+            assert_eq!(next(&mut stream).await.unwrap().1, key);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
     });
 }
 
