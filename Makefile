@@ -39,8 +39,9 @@ test: setup ## run every check and test; the last line counts them
 conformance: setup ## run the Connect conformance suite against the daemon's HTTP server; needs Go, and prints the number of cases
 	@cargo test --quiet -p vmm-conformance --test suite -- --nocapture
 
-bench: setup ## measure CreateVm + BootVm against each VMM by hand, and 100,000 VMs against 100; print the ratios
+bench: setup ## measure CreateVm + BootVm against each VMM by hand, consoles, and 100,000 VMs against 100; print the ratios
 	@cargo bench -p vmm-controlplane --bench boot
+	@cargo bench -p vmm-controlplane --bench console
 	@cargo bench -p vmm-controlplane --bench scale
 
 fuzz: ## search for input that breaks a promise, ten minutes for each target; FUZZ_SECONDS=60 for less

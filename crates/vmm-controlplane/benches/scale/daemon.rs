@@ -102,6 +102,18 @@ impl Daemon {
         serde_json::from_str(&answer.body_mut().read_to_string().unwrap()).unwrap_or_default()
     }
 
+    /// Where the daemon serves.
+    #[allow(dead_code, reason = "another program uses this")]
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The daemon's process id.
+    #[allow(dead_code, reason = "another program uses this")]
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The token of the page that begins after so many VMs.
     pub(crate) fn token_at(&self, place: usize) -> String {
         let mut token = String::new();
