@@ -37,7 +37,7 @@ test: setup ## run every check and test; the last line counts them
 	@scripts/test.sh
 
 conformance: setup ## run the Connect conformance suite against the daemon's HTTP server; needs Go, and prints the number of cases
-	@cargo test --quiet -p vmm-conformance --test suite -- --nocapture
+	@cargo test --quiet -p vmm-conformance --test connect -- --nocapture
 
 bench: setup ## measure CreateVm + BootVm against each VMM by hand, consoles, and 100,000 VMs against 100; print the ratios
 	@cargo bench -p vmm-controlplane --bench boot

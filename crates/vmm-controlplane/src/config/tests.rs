@@ -128,6 +128,12 @@ fn absent_flags_never_override_variables() {
     let values = [
         (Setting::Address, "localhost"),
         (Setting::Port, "9"),
+        (Setting::Socket, "/s"),
+        (Setting::SocketMode, "0600"),
+        (Setting::SocketGroup, "7"),
+        (Setting::TlsCert, "/cert"),
+        (Setting::TlsKey, "/key"),
+        (Setting::TlsClientCa, "/ca"),
         (Setting::AllowedHosts, "a.example"),
         (Setting::CorsOrigins, "https://a.example"),
         (Setting::Backend, "qemu"),

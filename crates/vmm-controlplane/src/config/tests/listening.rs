@@ -31,7 +31,7 @@ fn wrong_values_of_the_socket_are_refused() {
         ("--socket-group=nobody-has-it", "no group of this host"),
         ("--socket-group=4294967295", "no group of this host"),
     ] {
-        let text = bad(&["--socket=/s", arg], &[]);
+        let text = bad(&[arg], &[("UNKEY_VMCP_SOCKET", "/s")]);
         assert!(text.contains(want), "{arg}: {text}");
     }
 }
