@@ -20,10 +20,9 @@ impl Server {
     pub(crate) fn parse(text: &str, source: &str) -> Result<Self, Failure> {
         let refuse = |why: &str| Failure::input(format!("{source}: \"{text}\" {why}"));
         if text.starts_with("https://") || text.starts_with("unix:") {
-            return Err(refuse("cannot be reached: the daemon of this version serves http alone")
-                .with_remedy(
-                    "name an http:// address; reach another host through a tunnel, as `ssh -L` makes one",
-                ));
+            return Err(refuse("cannot be reached: this version of vmcp speaks http alone").with_remedy(
+                "name an http:// address; reach another host through a tunnel, as `ssh -L` makes one",
+            ));
         }
         if !text.starts_with("http://") {
             return Err(refuse("is not a URL of a server").with_remedy("write http://HOST:PORT"));
@@ -81,8 +80,8 @@ mod tests {
             assert!(Server::parse(url, "--server").is_ok(), "{url}");
         }
         for (url, wanted) in [
-            ("https://a:1", "the daemon of this version serves http alone"),
-            ("unix:///run/vmcp.sock", "the daemon of this version serves http alone"),
+            ("https://a:1", "this version of vmcp speaks http alone"),
+            ("unix:///run/vmcp.sock", "this version of vmcp speaks http alone"),
             ("localhost:8080", "is not a URL of a server"),
             ("http://a:1/vmm.v1", "more than a host and a port"),
             ("http://me@a:1", "has a user name"),

@@ -37,7 +37,7 @@ fn an_absent_server_is_named_with_advice() {
 fn an_unserved_scheme_is_refused() {
     for url in ["https://127.0.0.1:1", "unix:///run/vmcp.sock"] {
         let error = finish(vmcp(&["--server", url, "list"]), "").failed(13);
-        assert!(error.contains("the daemon of this version serves http alone"), "{error}");
+        assert!(error.contains("this version of vmcp speaks http alone"), "{error}");
         assert!(error.contains("hint: name an http:// address"), "{error}");
     }
 }
