@@ -175,7 +175,8 @@ fn remedy(said: &str) -> &'static str {
     } else if has(&["BIOS", "firmware", ".rom", ".bin"]) {
         "its firmware is missing; install it (Debian and Ubuntu: the package qemu-system-data)"
     } else if has(&["KVM", "kvm"]) {
-        "it cannot use /dev/kvm; see `vmm-controlplane doctor`, and look for another hypervisor that runs"
+        "it cannot use /dev/kvm; see `vmm-controlplane doctor`, look for another hypervisor that runs, or set \
+         UNKEY_VMCP_QEMU_KVM=false, with which QEMU emulates"
     } else if has(&["module", "accel"]) {
         "its modules are missing or of another build; install them (Debian: the package qemu-system-common, in the version of \
          qemu-system-x86), and let UNKEY_VMCP_QEMU_BINARY name the program at the place where its package put it"
@@ -209,6 +210,7 @@ mod tests {
             ("-sandbox support is not enabled in this QEMU binary", "seccomp"),
             ("failed to initialize kvm: Device or resource busy", "/dev/kvm"),
             ("Could not access KVM kernel module: No such file or directory", "/dev/kvm"),
+            ("kvm.c:3183: kvm_buf_set_msrs: Assertion failed.", "UNKEY_VMCP_QEMU_KVM=false"),
             ("unsupported machine type", "qemu-system-x86"),
             ("the moon is in the wrong phase", "--reinstall"),
         ] {
