@@ -3,7 +3,8 @@
 //!
 //! - A VM is described by [`config`] as sent and by [`spec`] as checked. [`id`] has the names.
 //! - [`state`] has the states of a VM and the requests that each state admits. [`intent`] has the
-//!   operations that a crash may interrupt.
+//!   operations that a crash may interrupt, and [`idempotency`] the answers that are kept for
+//!   repeated calls.
 //! - [`backend`] is the port to a hypervisor, and [`store`] the port to durable state. [`event`]
 //!   has the entries of the log of VMs.
 //!
@@ -22,6 +23,7 @@ pub mod discovery;
 pub mod event;
 mod health;
 pub mod id;
+pub mod idempotency;
 pub mod intent;
 pub mod kind;
 pub mod limit;

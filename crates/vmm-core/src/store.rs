@@ -1,5 +1,6 @@
 //! The port to durable state: the records of VMs, and the guarantees of a store.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
@@ -8,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::config::VmConfig;
 use crate::event::{EventSeq, NewEvent, VmEvent};
 use crate::id::{BackendName, InstanceId, VmId, VmUid};
+use crate::idempotency::{AnswerLookup, KeyChange, KeyedCall};
 pub use crate::intent::{Intent, IntentKind};
 use crate::kind::VmKind;
 pub use crate::pending::{PendingProcess, PendingWork};
@@ -61,6 +63,10 @@ pub struct VmRecord {
     /// [`VmRecord::pending_work`] reads it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending: Option<PendingWork>,
+    /// The call with an idempotency key whose operation is under way and whose answer is not kept
+    /// yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keyed: Option<Box<KeyedCall>>,
 }
 
 impl VmRecord {
@@ -323,6 +329,24 @@ pub trait Store: Send + Sync + 'static {
     async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
         self.commit(commit).await
     }
+
+    /// Commits a change of the kept answers, in one transaction with `commit` if there is one.
+    /// Returns the position of the event of `commit`. The change is made also where `commit` removes
+    /// a VM that is gone already. If a client forces the change, it has the space of
+    /// [`Store::commit_forced`].
+    async fn commit_keyed(
+        &self,
+        commit: Option<Commit>,
+        key: KeyChange,
+        forced: bool,
+    ) -> Result<Option<EventSeq>, StoreError>;
+
+    /// Finds the answer that is kept for the id of a call, see [`KeyedCall::id`].
+    async fn kept_answer(&self, id: &str) -> Result<AnswerLookup, StoreError>;
+
+    /// Removes the answers whose time is not in `kept_ms` (Unix milliseconds), and returns their
+    /// number.
+    async fn expire_answers(&self, kept_ms: Range<i64>) -> Result<u64, StoreError>;
 
     /// Reads events, oldest first.
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError>;

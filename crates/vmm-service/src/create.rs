@@ -10,6 +10,7 @@ use vmm_core::cause::Cause;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{EventKind, NewEvent, VmSummary};
 use vmm_core::id::{VmId, VmUid};
+use vmm_core::idempotency::{CallAnswer, KeptAnswer, KeyChange, KeyedCall, VmAnswer};
 use vmm_core::reason::Reason;
 use vmm_core::report::{CheckReport, Warning};
 use vmm_core::spec::{FIRMWARE_FIELD, VmSpec};
@@ -22,7 +23,7 @@ use crate::clock::now_ms;
 use crate::error::ServiceError;
 use crate::events::CommitReceipt;
 use crate::failure::Failure;
-use crate::mailbox::OperationOutcome;
+use crate::mailbox::{AnswerState, OperationOutcome};
 use crate::operation_log::Ending;
 use crate::places;
 use crate::shared::Shared;
@@ -50,12 +51,19 @@ pub struct Created {
     pub record: Arc<VmRecord>,
     /// The parts of the configuration that the backend ignores or emulates.
     pub warnings: Vec<Warning>,
+    /// The state of the answer that is kept for an idempotency key.
+    pub answer: AnswerState,
 }
 
-/// Creates a VM, or finds the VM that the same call created before, and logs a success.
-pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Result<Created, ServiceError> {
+/// Creates a VM, or finds the VM that the same call created before, and logs a success. Keeps the
+/// answer for the call `key` with the new VM.
+pub(crate) async fn create(
+    shared: &Arc<Shared>,
+    request: CreateRequest,
+    key: Option<KeyedCall>,
+) -> Result<Created, ServiceError> {
     let (asked, caller) = (Instant::now(), request.caller.clone());
-    let created = create_or_find(shared, request).await?;
+    let created = create_or_find(shared, request, key).await?;
     let ending =
         Ending { operation: OPERATION, force: false, actor: &caller, record: &created.record, asked };
     ending.done(&OperationOutcome {
@@ -63,6 +71,7 @@ pub(crate) async fn create(shared: &Arc<Shared>, request: CreateRequest) -> Resu
         ended_by: None,
         left_behind: Vec::new(),
         warnings: Vec::new(),
+        answer: AnswerState::Open,
     });
     Ok(created)
 }
@@ -78,7 +87,11 @@ pub(crate) fn log_unread_failure(error: &ServiceError) {
     );
 }
 
-async fn create_or_find(shared: &Arc<Shared>, request: CreateRequest) -> Result<Created, ServiceError> {
+async fn create_or_find(
+    shared: &Arc<Shared>,
+    request: CreateRequest,
+    key: Option<KeyedCall>,
+) -> Result<Created, ServiceError> {
     let fresh = VmUid::new(Uuid::now_v7());
     let vm_id = match request.vm_id.as_str() {
         "" => VmId::generated(fresh),
@@ -115,9 +128,18 @@ async fn create_or_find(shared: &Arc<Shared>, request: CreateRequest) -> Result<
         record.kind.clone_from(&claim.place);
     }
     point(FaultPoint::CreateChecked);
-    let committed = put_on_record(shared, &record, request.caller, spare).await?;
+    let kept = key.map(|call| answer_to(call, &record, &report.warnings));
+    let answer = if kept.is_some() { AnswerState::Kept } else { AnswerState::Open };
+    let committed = put_on_record(shared, &record, request.caller, spare, kept).await?;
     let shown = start_actor(shared, record, backend, committed);
-    Ok(Created { record: shown, warnings: report.warnings })
+    Ok(Created { record: shown, warnings: report.warnings, answer })
+}
+
+/// Returns the answer to the call that creates the VM of `record`.
+fn answer_to(call: KeyedCall, record: &VmRecord, warnings: &[Warning]) -> KeptAnswer {
+    let warnings = warnings.iter().cloned().map(Into::into).collect();
+    let answer = CallAnswer::Done(Box::new(VmAnswer { warnings, ..VmAnswer::of(record) }));
+    KeptAnswer { call, time_ms: record.modified_ms, answer }
 }
 
 /// Refuses a name that is not legal, together with all other problems of the request.
@@ -159,6 +181,7 @@ fn new_record(
         imported: false,
         unrepresented: Vec::new(),
         pending: Some(PendingWork::default()),
+        keyed: None,
     }
 }
 
@@ -169,6 +192,7 @@ async fn put_on_record(
     record: &VmRecord,
     caller: Caller,
     spare: Option<SpareReservation>,
+    kept: Option<KeptAnswer>,
 ) -> Result<CommitReceipt, ServiceError> {
     let event = NewEvent {
         time_ms: record.modified_ms,
@@ -186,7 +210,12 @@ async fn put_on_record(
     };
     let insert =
         Commit { change: RecordChange::Insert(Box::new(record.clone())), event: Some(event.clone()) };
-    let committed = match shared.events.commit(insert).await {
+    let key = kept.as_ref().map(|kept| kept.call.id.clone());
+    let committed = match kept {
+        None => shared.events.commit(insert).await,
+        Some(kept) => shared.events.commit_keyed(insert, KeyChange::Keep(Box::new(kept)), false).await,
+    };
+    let committed = match committed {
         Ok(committed) => committed,
         Err(error) => {
             // The VM may be on record although the client gets an error. The spare VMM is ended,
@@ -196,7 +225,7 @@ async fn put_on_record(
                 if let Some(spare) = spare {
                     spare.discard().await;
                 }
-                take_back(shared, record, event).await;
+                take_back(shared, record, event, key).await;
             }
             return Err(error.into());
         }
@@ -226,7 +255,7 @@ fn start_actor(
 
 /// Removes a VM that may have been recorded although its creation failed, so that its name is free.
 /// The log may contain its creation, so it gets its deletion too.
-async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
+async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent, key: Option<String>) {
     let event = NewEvent {
         kind: EventKind::Deleted,
         status: created.status.clone().because(Reason::CreateFailed, "the creation could not be recorded"),
@@ -234,7 +263,11 @@ async fn take_back(shared: &Shared, record: &VmRecord, created: NewEvent) {
         ..created
     };
     let removal = Commit { change: RecordChange::Remove(record.uid), event: Some(event) };
-    if let Err(error) = shared.events.commit(removal).await {
+    let removed = match key {
+        None => shared.events.commit(removal).await,
+        Some(id) => shared.events.commit_keyed(removal, KeyChange::Forget(id), false).await,
+    };
+    if let Err(error) = removed {
         tracing::error!(uid = %record.uid, %error, "a VM whose creation failed may be on record; look for it with ListVms and delete it");
     }
 }
@@ -269,5 +302,5 @@ fn answer_repeated_call(
         // A release that does not understand the configuration has no warnings about it.
         Err(_) => Vec::new(),
     };
-    Ok(Created { record: existing, warnings })
+    Ok(Created { record: existing, warnings, answer: AnswerState::Open })
 }

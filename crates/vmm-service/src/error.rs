@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use vmm_core::backend::{BackendError, BackendErrorKind};
 use vmm_core::id::VmId;
+use vmm_core::idempotency::{FailedCall, FailureCode};
 use vmm_core::report::FieldReport;
 use vmm_core::state::{VmOperation, VmState, legal_requests};
 use vmm_core::store::{StoreError, StoreErrorKind};
@@ -26,6 +27,12 @@ pub enum ServiceError {
         "a VM \"{0}\" exists with another configuration or backend; delete it first, or choose another vm_id"
     )]
     AlreadyExists(VmId),
+    /// The idempotency key was sent with another request.
+    #[error(transparent)]
+    KeyReused(FailureAccount),
+    /// The failure of the first call with the same idempotency key.
+    #[error("{}", .0.message)]
+    Replayed(Box<FailedCall>),
     /// The VM's state does not admit the operation.
     #[error("{} is not legal for VM \"{vm_id}\" in state {}; legal now: {}", request.name(), state.name(), legal(*state))]
     IllegalState {
@@ -115,7 +122,7 @@ impl From<Failure> for ServiceError {
                 | StoreErrorKind::Corrupt
                 | StoreErrorKind::Newer => Self::Internal,
             },
-            Failure::EventsNotRead(error) => match error.kind {
+            Failure::EventsNotRead(error) | Failure::KeyNotRead(error) => match error.kind {
                 StoreErrorKind::Full | StoreErrorKind::Io | StoreErrorKind::Closed => Self::Unavailable,
                 StoreErrorKind::NameTaken
                 | StoreErrorKind::Conflict
@@ -130,15 +137,18 @@ impl From<Failure> for ServiceError {
             Failure::OutOfReach { .. }
             | Failure::Quarantined { .. }
             | Failure::QueueFull { .. }
+            | Failure::KeyInProgress { .. }
             | Failure::BeingDeleted { .. }
             | Failure::FilesTimedOut(_)
             | Failure::Stopping { .. } => Self::Unavailable,
+            Failure::KeyReused { .. } => Self::KeyReused,
             Failure::ImportsOnly { .. } | Failure::NoFirmware(_) => Self::Unsupported,
             Failure::WaitTimedOut { .. } => Self::Deadline,
             Failure::Preempted { .. } => Self::Aborted,
-            Failure::NoPlaceLeft { .. } | Failure::FilesNotExamined { .. } | Failure::WatchTooSlow { .. } => {
-                Self::Exhausted
-            }
+            Failure::NoPlaceLeft { .. }
+            | Failure::FilesNotExamined { .. }
+            | Failure::WatchTooSlow { .. }
+            | Failure::TooManyKeys => Self::Exhausted,
             Failure::EventsExpired { .. } | Failure::UnknownLog { .. } => Self::OutOfRange,
             Failure::EndedAbnormally { .. } | Failure::CreationEndedAbnormally => Self::Internal,
         };
@@ -185,7 +195,8 @@ impl ServiceError {
         match self {
             Self::Invalid(_) => "invalid_argument",
             Self::NotFound(_) => "not_found",
-            Self::AlreadyExists(_) => "already_exists",
+            Self::AlreadyExists(_) | Self::KeyReused(_) => "already_exists",
+            Self::Replayed(first) => first.code.as_str(),
             Self::IllegalState { .. } | Self::Precondition(_) => "failed_precondition",
             Self::Unavailable(_) => "unavailable",
             Self::Unsupported(_) => "unimplemented",
@@ -195,6 +206,31 @@ impl ServiceError {
             Self::OutOfRange(_) => "out_of_range",
             Self::Internal(_) => "internal",
         }
+    }
+
+    /// Returns the failure that is kept for an idempotency key. `None` for a failure that another
+    /// attempt may not meet, and for one that belongs to the key itself.
+    pub(crate) fn kept(&self) -> Option<FailedCall> {
+        let code = match self {
+            Self::Invalid(_) => FailureCode::InvalidArgument,
+            Self::NotFound(_) => FailureCode::NotFound,
+            Self::AlreadyExists(_) => FailureCode::AlreadyExists,
+            Self::IllegalState { .. } | Self::Precondition(_) => FailureCode::FailedPrecondition,
+            Self::Unsupported(_) => FailureCode::Unimplemented,
+            Self::OutOfRange(_) => FailureCode::OutOfRange,
+            Self::Unavailable(_)
+            | Self::Deadline(_)
+            | Self::Aborted(_)
+            | Self::Exhausted(_)
+            | Self::Internal(_)
+            | Self::KeyReused(_)
+            | Self::Replayed(_) => return None,
+        };
+        let violations = match self {
+            Self::Invalid(violations) => violations.clone(),
+            _ => Vec::new(),
+        };
+        Some(FailedCall { code, message: self.to_string(), violations })
     }
 
     /// Returns the errors below this one whose text adds information, the nearest first.

@@ -74,6 +74,19 @@ pub(crate) enum Failure {
     EndedAbnormally { vm_id: String },
     #[error("the creation of the VM ended abnormally; the log has the panic")]
     CreationEndedAbnormally,
+    #[error(
+        "the Idempotency-Key was sent before, with another {method} request: repeat that request, or send a new key with each new \
+         request"
+    )]
+    KeyReused { method: &'static str },
+    #[error(
+        "no room is left for Idempotency-Keys: keys are kept for 24 h, so try again later, or send the request without a key"
+    )]
+    TooManyKeys,
+    #[error(
+        "the first request with this Idempotency-Key on VM \"{vm_id}\" has not ended yet; try again later"
+    )]
+    KeyInProgress { vm_id: VmId },
     #[error("{why}")]
     ImportsOnly { why: String },
     #[error("{0}")]
@@ -97,6 +110,8 @@ pub(crate) enum Failure {
     },
     #[error("the events could not be read: {0}")]
     EventsNotRead(#[source] StoreError),
+    #[error("the Idempotency-Key could not be looked up: {0}")]
+    KeyNotRead(#[source] StoreError),
     #[error("the daemon is stopping: {}", if *synced { "resume with the last token" } else { "watch again when it is back" })]
     Stopping { synced: bool },
     #[error(

@@ -4,6 +4,7 @@
 //! The input has two lines: a token, and the filter of the listing. `make fuzz` runs the target,
 //! and the tests run it over the kept corpus.
 
+use std::ops::Range;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use vmm_core::caller::Caller;
 use vmm_core::cause::Cause;
 use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent};
 use vmm_core::id::{InstanceId, VmId, VmUid};
+use vmm_core::idempotency::{AnswerLookup, KeyChange};
 use vmm_core::state::{Phase, Status, VmState};
 use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError};
 
@@ -51,6 +53,23 @@ impl Store for FixedLog {
             event.seq > query.after && query.vm_id.as_ref().is_none_or(|name| event.event.vm_id == *name)
         };
         Ok(self.0.iter().filter(wanted).take(query.limit).cloned().collect())
+    }
+
+    async fn commit_keyed(
+        &self,
+        _: Option<Commit>,
+        _: KeyChange,
+        _: bool,
+    ) -> Result<Option<EventSeq>, StoreError> {
+        Ok(None)
+    }
+
+    async fn kept_answer(&self, _: &str) -> Result<AnswerLookup, StoreError> {
+        Ok(AnswerLookup { kept: None, has_room: true })
+    }
+
+    async fn expire_answers(&self, _: Range<i64>) -> Result<u64, StoreError> {
+        Ok(0)
     }
 
     async fn expire_events(&self, _: i64) -> Result<u64, StoreError> {

@@ -13,6 +13,7 @@
 //! log. [`check`] checks the host's files before anything is touched, [`claims`] keeps two running
 //! VMs off one disk or TAP, and [`tombstones`] keep the claims of processes that deleted VMs have
 //! left. [`console`] streams and bounds the consoles, and takes input beside the actors.
+//! [`calls`] carries out the calls that change something, and with an idempotency key once.
 //! [`operation_log`] writes the log line of each operation and of each change without a
 //! request.
 //!
@@ -21,6 +22,7 @@
 
 mod actor;
 mod backends;
+mod calls;
 mod check;
 mod claims;
 mod clock;
@@ -33,6 +35,7 @@ mod failure;
 #[doc(hidden)]
 pub mod fuzzing;
 mod index;
+mod keys;
 mod kinds;
 mod listing;
 mod mailbox;
@@ -40,6 +43,7 @@ mod metrics;
 mod names;
 mod operation_count;
 mod operation_log;
+mod operations;
 mod panics;
 mod places;
 mod resolve;
@@ -57,14 +61,17 @@ mod validate;
 mod wait;
 
 pub use backends::{BackendFamily, BackendStatus, Backends, MakeBackend};
+pub use calls::{Answered, Call, CallKind};
 pub use console::{ConsoleChunk, ConsoleQuery, ConsoleStream};
 pub use create::{CreateRequest, Created};
 pub use error::{FailureAccount, ServiceError};
 pub use events::{EventsPage, EventsQuery, PresentVm, RecordedEvent, Watch, WatchMessage, WatchQuery};
 pub use index::VmView;
+pub use keys::{IdempotencyKey, InvalidKey};
 pub use listing::{ListQuery, VmPage};
 pub use mailbox::OperationOutcome;
 pub use metrics::Metrics;
-pub use service::{ShutdownOptions, VmService};
+pub use operations::{Operation, ShutdownOptions};
+pub use service::VmService;
 pub use settings::{DefaultBoot, Settings};
 pub use update::ConfigUpdate;

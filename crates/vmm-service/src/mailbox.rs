@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use vmm_core::caller::Caller;
 use vmm_core::discovery::DiscoveredVm;
 use vmm_core::id::VmUid;
+use vmm_core::idempotency::{KeyedCall, VmAnswer};
 use vmm_core::report::{FieldReport, Warning};
 use vmm_core::state::{EndedBy, VmOperation};
 use vmm_core::store::VmRecord;
@@ -44,6 +45,8 @@ pub(crate) struct OperationRequest {
     pub(crate) caller: Caller,
     /// The change of the configuration, for an UpdateVm. `None` for every other operation.
     pub(crate) update: Option<Box<ConfigUpdate>>,
+    /// The call whose answer is kept, if the client sent an idempotency key.
+    pub(crate) key: Option<Box<KeyedCall>>,
 }
 
 impl OperationRequest {
@@ -72,6 +75,20 @@ pub struct OperationOutcome {
     pub left_behind: Vec<FieldReport>,
     /// The parts of a changed configuration that the backend ignores or emulates.
     pub warnings: Vec<Warning>,
+    /// The state of the answer that is kept for an idempotency key.
+    pub answer: AnswerState,
+}
+
+/// The state of the answer that is kept for an idempotency key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum AnswerState {
+    /// No answer is kept.
+    #[default]
+    Open,
+    /// The answer was committed with the outcome.
+    Kept,
+    /// The operation was carried out by an earlier call, whose answer this is.
+    Replayed(Box<VmAnswer>),
 }
 
 /// An operation that waits for its actor, with the channel to its client.
@@ -252,7 +269,7 @@ mod tests {
     use crate::operation_count::OperationCounter;
 
     fn operation(request: VmOperation) -> OperationRequest {
-        OperationRequest { request, guest_timeout: None, caller: Caller::system(), update: None }
+        OperationRequest { request, guest_timeout: None, caller: Caller::system(), update: None, key: None }
     }
 
     #[tokio::test]

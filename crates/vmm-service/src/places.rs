@@ -281,6 +281,7 @@ fn record_of_import(
         imported: true,
         unrepresented: found.unrepresented,
         pending: Some(PendingWork::default()),
+        keyed: None,
     }
 }
 
@@ -348,6 +349,7 @@ async fn forget(shared: &Arc<Shared>, backend: &BackendName, place: &VmKind) {
         guest_timeout: None,
         caller: Caller::system(),
         update: None,
+        key: None,
     };
     let (actor, asked) = (operation.caller.clone(), Instant::now());
     let ending = Ending {

@@ -6,12 +6,12 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot};
 use tracing::Instrument as _;
 use uuid::Uuid;
-use vmm_core::caller::Caller;
 use vmm_core::event::EventSeq;
 use vmm_core::id::{VmId, VmUid};
+use vmm_core::idempotency::KeyedCall;
 use vmm_core::report::CheckReport;
 use vmm_core::spec::VmSpec;
-use vmm_core::state::{VmOperation, VmState};
+use vmm_core::state::VmState;
 use vmm_core::store::{Snapshot, Store, VmRecord, VmRequest};
 use vmm_host::net::tap::{HostTaps, Taps};
 
@@ -25,9 +25,9 @@ use crate::error::ServiceError;
 use crate::events::{self, Events, EventsPage, EventsQuery, Watch, WatchQuery};
 use crate::failure::Failure;
 use crate::index::VmView;
+use crate::keys::KeysInProgress;
 use crate::kinds;
 use crate::listing::{self, ListQuery, VmPage};
-use crate::mailbox::{ActorHandle, OperationOutcome, OperationRequest};
 use crate::names::NameLocks;
 use crate::operation_count::OperationCounter;
 use crate::operation_log::Beginnings;
@@ -38,14 +38,9 @@ use crate::settings::Settings;
 use crate::shared::Shared;
 use crate::spares::{self, SpareManager};
 use crate::tombstones;
-use crate::update::{self, ConfigUpdate};
 use crate::validate;
 use crate::wait;
 
-/// The time that a guest has to obey ShutdownVm if the client gives none.
-pub(crate) use vmm_core::intent::DEFAULT_GUEST_TIMEOUT as DEFAULT_SHUTDOWN;
-/// The longest time that a client may give a guest.
-const MAX_SHUTDOWN_SECONDS: i32 = 3600;
 /// The time between two health checks of the backends.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 /// The number of VMs that are recovered at the same time when the daemon starts. Each recovery has
@@ -59,36 +54,10 @@ pub(crate) const POLICY_STARTS: usize = 16;
 /// may lie on a server that does not answer.
 const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The options of a shutdown.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ShutdownOptions {
-    /// True to start at the last rung, and to pre-empt the operation in progress.
-    pub force: bool,
-    /// The seconds that the guest has to obey. 0 means 30.
-    pub timeout_seconds: i32,
-}
-
-impl ShutdownOptions {
-    /// Returns the time for which the guest is asked, or `None` if it is not asked.
-    fn guest_timeout(self) -> Result<Option<Duration>, ServiceError> {
-        let seconds = match self.timeout_seconds {
-            0 => DEFAULT_SHUTDOWN,
-            seconds @ 1..=MAX_SHUTDOWN_SECONDS => Duration::from_secs(u64::from(seconds.unsigned_abs())),
-            other => {
-                return Err(ServiceError::invalid(
-                    "timeout_seconds",
-                    format!("must be from 0 (the default, 30) to {MAX_SHUTDOWN_SECONDS}, not {other}"),
-                ));
-            }
-        };
-        Ok((!self.force).then_some(seconds))
-    }
-}
-
 /// The service. It is cheap to clone.
 #[derive(Clone)]
 pub struct VmService {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl VmService {
@@ -145,7 +114,9 @@ impl VmService {
             under_way: OperationCounter::default(),
             consoles: ConsoleFiles::default(),
             beginnings: Beginnings::default(),
+            keys: KeysInProgress::default(),
         });
+        vms.iter().for_each(|vm| shared.keys.note_interrupted(vm));
         // The backends are asked before any VM is recovered, so that the first clients see a known
         // health.
         shared.backends.refresh().await;
@@ -189,12 +160,21 @@ impl VmService {
     /// Returns [`ServiceError::Invalid`] with every violation, [`ServiceError::AlreadyExists`], or
     /// the store's failure.
     pub async fn create(&self, request: CreateRequest) -> Result<Created, ServiceError> {
+        self.create_once(request, None).await
+    }
+
+    /// Creates a VM, and keeps the answer for the call `key`.
+    pub(crate) async fn create_once(
+        &self,
+        request: CreateRequest,
+        key: Option<KeyedCall>,
+    ) -> Result<Created, ServiceError> {
         let shared = Arc::clone(&self.shared);
         let counted = shared.under_way.begin();
         let (reply, answer) = oneshot::channel();
         let creating = async move {
             let _counted = counted;
-            let created = create::create(&shared, request).await;
+            let created = create::create(&shared, request, key).await;
             // The server logs the failure of a call whose client waits. Nobody reads this one.
             if let Err(Err(error)) = reply.send(created) {
                 create::log_unread_failure(&error);
@@ -214,116 +194,6 @@ impl VmService {
     pub async fn validate(&self, requested: &VmRequest) -> Result<CheckReport, ServiceError> {
         let checked = validate::check_config(&self.shared, VmUid::new(Uuid::now_v7()), requested).await?;
         Ok(checked.report)
-    }
-
-    /// Starts a VM.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the state forbids it, a resource is taken or missing, or the backend
-    /// failed.
-    pub async fn boot(&self, vm_id: &str, caller: Caller) -> Result<OperationOutcome, ServiceError> {
-        self.ask(vm_id, VmOperation::Boot, None, caller).await
-    }
-
-    /// Shuts a VM down. Success means that its VMM has gone.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the state forbids it, or the VMM does not end.
-    pub async fn shutdown(
-        &self,
-        vm_id: &str,
-        options: ShutdownOptions,
-        caller: Caller,
-    ) -> Result<OperationOutcome, ServiceError> {
-        let guest_timeout = options.guest_timeout()?;
-        if options.force {
-            return self.force(vm_id, VmOperation::Shutdown, caller).await;
-        }
-        self.ask(vm_id, VmOperation::Shutdown, guest_timeout, caller).await
-    }
-
-    /// Stops a VM's CPUs.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the state forbids it, or the VMM failed.
-    pub async fn pause(&self, vm_id: &str, caller: Caller) -> Result<OperationOutcome, ServiceError> {
-        self.ask(vm_id, VmOperation::Pause, None, caller).await
-    }
-
-    /// Lets a VM's CPUs continue.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the state forbids it, or the VMM failed.
-    pub async fn resume(&self, vm_id: &str, caller: Caller) -> Result<OperationOutcome, ServiceError> {
-        self.ask(vm_id, VmOperation::Resume, None, caller).await
-    }
-
-    /// Shuts a VM down and boots it. With `force` the VM is reset at once.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error if the state forbids it, or the VMM failed. If the second half failed, the
-    /// VM is shut down, and the error states that.
-    pub async fn reboot(
-        &self,
-        vm_id: &str,
-        options: ShutdownOptions,
-        caller: Caller,
-    ) -> Result<OperationOutcome, ServiceError> {
-        let guest_timeout = options.guest_timeout()?;
-        self.ask(vm_id, VmOperation::Reboot, guest_timeout, caller).await
-    }
-
-    /// Removes a VM and everything that the program made for it.
-    ///
-    /// # Errors
-    ///
-    /// Returns an error without `force` if the state forbids it. With `force`, only an unknown name
-    /// or a failure of the store is an error.
-    pub async fn delete(
-        &self,
-        vm_id: &str,
-        force: bool,
-        caller: Caller,
-    ) -> Result<OperationOutcome, ServiceError> {
-        // A forced operation pre-empts the one in progress, which a refusal must not do. The actor
-        // checks the protection again, because an UpdateVm may be waiting in its queue.
-        if let Ok(view) = self.get(vm_id) {
-            update::check_protection(&view.record, &caller)?;
-        }
-        if force {
-            return self.force(vm_id, VmOperation::ForceDelete, caller).await;
-        }
-        self.ask(vm_id, VmOperation::Delete, None, caller).await
-    }
-
-    /// Replaces parts of a VM's configuration.
-    ///
-    /// # Errors
-    ///
-    /// Returns [`ServiceError::Invalid`] with every violation, [`ServiceError::Precondition`] if the
-    /// VM's state or owner forbids the change of a part, [`ServiceError::Aborted`] if the VM has
-    /// another generation than the caller requires, or the store's failure.
-    pub async fn update(
-        &self,
-        vm_id: &str,
-        update: ConfigUpdate,
-        caller: Caller,
-    ) -> Result<OperationOutcome, ServiceError> {
-        update.check_request()?;
-        let message = OperationRequest {
-            request: VmOperation::Update,
-            guest_timeout: None,
-            caller,
-            update: Some(Box::new(update)),
-        };
-        let handle = self.handle(vm_id)?;
-        let answer = handle.ask(message, self.shared.under_way.begin()).await;
-        self.answer(vm_id, handle.uid, answer)
     }
 
     /// Finds a VM. Never waits for a VMM.
@@ -403,7 +273,7 @@ impl VmService {
     ///
     /// Returns an error if the VM does not run, takes no input, or its guest does not read.
     pub async fn write_console(&self, vm_id: &str, data: &[u8]) -> Result<(), ServiceError> {
-        console::write(&self.shared, vm_id, data).await
+        console::write(&self.shared, vm_id, data).await.map(drop)
     }
 
     /// Waits until a VM is in one of `states`.
@@ -435,54 +305,6 @@ impl VmService {
     /// Returns the number of operations that are left.
     pub async fn drain(&self, timeout: Duration) -> usize {
         self.shared.under_way.drain(self.shared.spares.stop(&self.shared), timeout).await
-    }
-
-    async fn ask(
-        &self,
-        vm_id: &str,
-        request: VmOperation,
-        guest_timeout: Option<Duration>,
-        caller: Caller,
-    ) -> Result<OperationOutcome, ServiceError> {
-        let message = OperationRequest { request, guest_timeout, caller, update: None };
-        let handle = self.handle(vm_id)?;
-        let answer = handle.ask(message, self.shared.under_way.begin()).await;
-        self.answer(vm_id, handle.uid, answer)
-    }
-
-    async fn force(
-        &self,
-        vm_id: &str,
-        request: VmOperation,
-        caller: Caller,
-    ) -> Result<OperationOutcome, ServiceError> {
-        let message = OperationRequest { request, guest_timeout: None, caller, update: None };
-        let handle = self.handle(vm_id)?;
-        let answer = handle.force(message, self.shared.under_way.begin()).await;
-        self.answer(vm_id, handle.uid, answer)
-    }
-
-    /// Returns the answer of an actor. An actor that ends without an answer has deleted its VM,
-    /// unless the VM with the same uid still exists.
-    fn answer(
-        &self,
-        vm_id: &str,
-        uid: VmUid,
-        answer: Option<Result<OperationOutcome, ServiceError>>,
-    ) -> Result<OperationOutcome, ServiceError> {
-        answer.unwrap_or_else(|| match self.get(vm_id) {
-            Err(not_found) => Err(not_found),
-            Ok(view) if view.record.uid != uid => Err(ServiceError::not_found(vm_id)),
-            Ok(_) => Err(Failure::EndedAbnormally { vm_id: vm_id.to_owned() }.into()),
-        })
-    }
-
-    fn handle(&self, vm_id: &str) -> Result<ActorHandle, ServiceError> {
-        vm_id
-            .parse::<VmId>()
-            .ok()
-            .and_then(|id| self.shared.index.actor(&id))
-            .ok_or_else(|| ServiceError::not_found(vm_id))
     }
 }
 

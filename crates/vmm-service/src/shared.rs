@@ -12,6 +12,7 @@ use crate::claims::Claims;
 use crate::console::ConsoleFiles;
 use crate::events::Events;
 use crate::index::Index;
+use crate::keys::KeysInProgress;
 use crate::names::NameLocks;
 use crate::operation_count::OperationCounter;
 use crate::operation_log::Beginnings;
@@ -43,4 +44,6 @@ pub(crate) struct Shared {
     pub(crate) consoles: ConsoleFiles,
     /// The changes that the recovery of the VMs has found, for the log.
     pub(crate) beginnings: Beginnings,
+    /// The calls with idempotency keys in progress.
+    pub(crate) keys: KeysInProgress,
 }

@@ -12,6 +12,7 @@
 
 use std::collections::HashSet;
 
+use serde::Serialize;
 use vmm_core::caller::Caller;
 use vmm_core::config::{NetworkInterface, StorageDevice, VmConfig};
 use vmm_core::config_part::{self, ConfigPart};
@@ -26,7 +27,7 @@ use crate::resolve::resolve;
 use crate::settings::DefaultBoot;
 
 /// The request of an UpdateVm, apart from the name of the VM.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ConfigUpdate {
     /// The new values of the parts. The other parts are not read.
     pub config: VmConfig,

@@ -5,6 +5,7 @@ use vmm_core::backend::Effect;
 use vmm_core::event::EventSeq;
 use vmm_core::store::{StoreError, StoreErrorKind};
 
+use crate::answers::{self, EncodedKeyChange};
 use crate::codec::{EncodedChange, EncodedCommit, EncodedEvent, EncodedRecord, FORMAT};
 use crate::error::store_error;
 use crate::labels;
@@ -27,7 +28,12 @@ impl From<rusqlite::Error> for ApplyError {
 /// Applies `commit` and returns the position of its event. On an error the commit may be half
 /// applied, and the caller undoes it by its savepoint.
 pub(crate) fn apply(conn: &Connection, commit: &EncodedCommit) -> Result<Option<EventSeq>, ApplyError> {
+    // The answers come first, because the removal of a VM that is gone already ends the function.
+    if let Some(key) = &commit.key {
+        answers::apply(conn, key)?;
+    }
     match &commit.change {
+        EncodedChange::Nothing => {}
         EncodedChange::Insert(record) => insert(conn, record)?,
         EncodedChange::Update(record) => update(conn, record)?,
         EncodedChange::Remove { uid } => {
@@ -169,6 +175,10 @@ pub(crate) enum CommitProof {
     Generation(String, i64),
     /// The VM is not recorded.
     Gone(String),
+    /// The row of an answer is as the commit leaves it.
+    Answer(EncodedKeyChange),
+    /// The commit changes nothing.
+    Nothing,
 }
 
 impl CommitProof {
@@ -177,6 +187,9 @@ impl CommitProof {
         match (&commit.change, seq) {
             // The event proves the change of the record too, because both are in one transaction.
             (_, Some(seq)) => Self::Event(seq),
+            (EncodedChange::Nothing, None) => {
+                commit.key.as_ref().map_or(Self::Nothing, |key| Self::Answer(key.proof()))
+            }
             (EncodedChange::Insert(record) | EncodedChange::Update(record), None) => {
                 Self::Generation(record.uid.clone(), record.generation)
             }
@@ -200,6 +213,8 @@ impl CommitProof {
             }
             Self::Generation(uid, generation) => Ok(generation_of(conn, uid)? == Some(*generation)),
             Self::Gone(uid) => Ok(generation_of(conn, uid)?.is_none()),
+            Self::Answer(key) => key.holds(conn),
+            Self::Nothing => Ok(true),
         }
     }
 }

@@ -8,8 +8,10 @@ use std::path::Path;
 
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, NewEvent, VmEvent};
+use vmm_core::idempotency::KeyChange;
 use vmm_core::store::{Commit, RecordChange, StoreError, StoreErrorKind, Tombstone, Unreadable, VmRecord};
 
+use crate::answers::{self, EncodedKeyChange};
 use crate::error::{CausedBy, corrupt, store_error};
 use crate::foreign::ForeignFields;
 use crate::labels::EncodedLabels;
@@ -26,11 +28,15 @@ pub(crate) struct EncodedCommit {
     pub(crate) event: Option<EncodedEvent>,
     /// The labels of the event.
     pub(crate) labels: Option<EncodedLabels>,
+    /// The change of the kept answers.
+    pub(crate) key: Option<EncodedKeyChange>,
 }
 
 /// A [`RecordChange`] as a row.
 #[derive(Debug)]
 pub(crate) enum EncodedChange {
+    /// No record changes.
+    Nothing,
     Insert(EncodedRecord),
     Update(EncodedRecord),
     Remove {
@@ -86,7 +92,24 @@ pub(crate) fn encode(commit: Commit, foreign: &ForeignFields) -> Result<EncodedC
         RecordChange::Unbury(uid) => EncodedChange::Unbury { uid: uid.to_string() },
     };
     let (event, labels) = commit.event.map(encode_event).transpose()?.unzip();
-    Ok(EncodedCommit { change, event, labels })
+    Ok(EncodedCommit { change, event, labels, key: None })
+}
+
+/// Converts a change of the kept answers to rows, with the `commit` that it belongs to.
+///
+/// # Errors
+///
+/// The errors of [`encode`] and [`answers::encode`].
+pub(crate) fn encode_keyed(
+    commit: Option<Commit>,
+    key: KeyChange,
+    foreign: &ForeignFields,
+) -> Result<EncodedCommit, StoreError> {
+    let key = Some(answers::encode(key)?);
+    match commit {
+        Some(commit) => Ok(EncodedCommit { key, ..encode(commit, foreign)? }),
+        None => Ok(EncodedCommit { change: EncodedChange::Nothing, event: None, labels: None, key }),
+    }
 }
 
 fn encode_tombstone(tombstone: &Tombstone) -> Result<String, StoreError> {

@@ -21,6 +21,7 @@
 //! refused and why none is repaired or recreated silently. `schema.rs` describes the tables,
 //! `codec.rs` the conversion of a record to a row.
 
+mod answers;
 mod apply;
 mod backup;
 mod checkpoint;
@@ -37,6 +38,7 @@ mod schema;
 mod worker;
 mod writer;
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -46,6 +48,7 @@ use tokio::sync::{mpsc, oneshot};
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::InstanceId;
+use vmm_core::idempotency::{AnswerLookup, KeyChange};
 use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError, StoreErrorKind};
 
 use crate::error::{CausedBy, store_error};
@@ -115,7 +118,8 @@ impl SqliteStore {
         reserve.keep();
         let database = path.clone();
         let writer = writer::Writer::new(writer, path.clone(), log, reserve.clone())?;
-        let reader = reader::Reader::new(reader, path.clone(), instance, Arc::clone(&foreign));
+        let room = writer.answer_room();
+        let reader = reader::Reader::new(reader, path.clone(), instance, Arc::clone(&foreign), room);
         let workers = vec![
             // The threads end in this order: reader and writer, each when its queue is closed, then
             // the checkpointer. The order matters because only the last connection to close may
@@ -232,6 +236,25 @@ impl Store for SqliteStore {
     async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
         let commit = codec::encode(commit, &self.foreign)?;
         self.write(|reply| writer::WriteJob::Commit { commit, forced: true, reply }).await
+    }
+
+    async fn commit_keyed(
+        &self,
+        commit: Option<Commit>,
+        key: KeyChange,
+        forced: bool,
+    ) -> Result<Option<EventSeq>, StoreError> {
+        let commit = codec::encode_keyed(commit, key, &self.foreign)?;
+        self.write(|reply| writer::WriteJob::Commit { commit, forced, reply }).await
+    }
+
+    async fn kept_answer(&self, id: &str) -> Result<AnswerLookup, StoreError> {
+        let id = id.to_owned();
+        self.read(|reply| reader::ReadJob::Answer { id, reply }).await
+    }
+
+    async fn expire_answers(&self, kept_ms: Range<i64>) -> Result<u64, StoreError> {
+        self.write(|reply| writer::WriteJob::ExpireAnswers { kept_ms, reply }).await
     }
 
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {

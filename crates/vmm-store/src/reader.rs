@@ -9,11 +9,13 @@ use tokio::sync::{mpsc, oneshot};
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::InstanceId;
-use vmm_core::store::{EventQuery, Snapshot, StoreError, Tombstone};
+use vmm_core::idempotency::AnswerLookup;
+use vmm_core::store::{EventQuery, Snapshot, StoreError, StoreErrorKind, Tombstone};
 
+use crate::answers::{self, AnswerRoom};
 use crate::apply::TOMBSTONES;
 use crate::codec::{EncodedEvent, EncodedRecord, decode_event, decode_record, decode_tombstone};
-use crate::error::{CausedBy, corrupt, from_sqlite};
+use crate::error::{CausedBy, corrupt, from_sqlite, store_error};
 use crate::foreign::ForeignFields;
 use crate::labels;
 
@@ -25,6 +27,7 @@ pub const MAX_EVENTS: usize = 10_000;
 pub(crate) enum ReadJob {
     Load { reply: oneshot::Sender<Result<Snapshot, StoreError>> },
     Events { query: EventQuery, reply: oneshot::Sender<Result<Vec<VmEvent>, StoreError>> },
+    Answer { id: String, reply: oneshot::Sender<Result<AnswerLookup, StoreError>> },
 }
 
 /// The state of the reading thread.
@@ -34,6 +37,7 @@ pub(crate) struct Reader {
     path: PathBuf,
     instance: InstanceId,
     foreign: Arc<ForeignFields>,
+    room: AnswerRoom,
 }
 
 impl Reader {
@@ -42,8 +46,9 @@ impl Reader {
         path: PathBuf,
         instance: InstanceId,
         foreign: Arc<ForeignFields>,
+        room: AnswerRoom,
     ) -> Self {
-        Self { conn, path, instance, foreign }
+        Self { conn, path, instance, foreign, room }
     }
 
     /// Answers requests until the queue is closed.
@@ -61,9 +66,29 @@ impl Reader {
                 }
                 // The caller has gone away while the request was queued.
                 ReadJob::Events { .. } => {}
+                ReadJob::Answer { id, reply } => {
+                    drop(reply.send(kept_answer(&self.conn, &self.path, &id, &self.room)));
+                }
             }
         }
     }
+}
+
+fn kept_answer(
+    conn: &Connection,
+    path: &Path,
+    id: &str,
+    room: &AnswerRoom,
+) -> Result<AnswerLookup, StoreError> {
+    let found = answers::find(conn, id)
+        .map_err(|error| from_sqlite(path, "reading", Effect::NotApplied, error))?
+        .transpose()
+        .map_err(|why| {
+            let text = "the answer that is kept for this idempotency key cannot be read: it is damaged, or a \
+                        newer program wrote it. Look at the VM, and send another key";
+            store_error(StoreErrorKind::Newer, Effect::NotApplied, text).caused_by(why)
+        })?;
+    Ok(AnswerLookup { kept: found, has_room: room.is_left() })
 }
 
 fn events(conn: &mut Connection, path: &Path, query: &EventQuery) -> Result<Vec<VmEvent>, StoreError> {

@@ -50,6 +50,7 @@ pub(crate) fn record(row: &EncodedRecord) -> Option<VmRecord> {
         imported: object.get("imported").unwrap_or(false),
         unrepresented: object.get("untold").unwrap_or_default(),
         pending: object.get("pending"),
+        keyed: object.get("keyed"),
     })
 }
 

@@ -18,6 +18,7 @@
 //! too, the answer is [`Effect::Unknown`], until any later commit succeeds.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use rusqlite::{Connection, TransactionBehavior};
@@ -26,6 +27,7 @@ use vmm_core::backend::Effect;
 use vmm_core::event::EventSeq;
 use vmm_core::store::{StoreError, StoreErrorKind};
 
+use crate::answers::{AnswerExpiry, AnswerRoom};
 use crate::apply::{ApplyError, CommitProof, apply};
 use crate::checkpoint::{self, LogPressure};
 use crate::codec::EncodedCommit;
@@ -59,6 +61,10 @@ pub(crate) enum WriteJob {
     },
     Expire {
         before_ms: i64,
+        reply: ReplySender<u64>,
+    },
+    ExpireAnswers {
+        kept_ms: Range<i64>,
         reply: ReplySender<u64>,
     },
 }
@@ -110,6 +116,8 @@ pub(crate) struct Writer {
     /// The size of the text of all events, in bytes.
     event_bytes: u64,
     max_event_bytes: u64,
+    room: AnswerRoom,
+    answer_expiries: VecDeque<(AnswerExpiry, ReplySender<u64>)>,
 }
 
 impl Writer {
@@ -132,6 +140,8 @@ impl Writer {
         let bytes: i64 = conn
             .query_row("SELECT coalesce(sum(octet_length(event)), 0) FROM events", [], |row| row.get(0))
             .map_err(|error| from_sqlite(&path, "reading", Effect::NotApplied, error))?;
+        let room = AnswerRoom::of(&conn)
+            .map_err(|error| from_sqlite(&path, "reading", Effect::NotApplied, error))?;
         Ok(Self {
             conn,
             path,
@@ -140,7 +150,14 @@ impl Writer {
             expiries: VecDeque::new(),
             event_bytes: bytes.unsigned_abs(),
             max_event_bytes: MAX_EVENT_BYTES,
+            room,
+            answer_expiries: VecDeque::new(),
         })
+    }
+
+    /// Returns the room for kept answers, for the reader.
+    pub(crate) fn answer_room(&self) -> AnswerRoom {
+        self.room.clone()
     }
 
     /// Works until the queue is closed and every accepted job is done.
@@ -153,6 +170,9 @@ impl Writer {
             // one step at most.
             if let Some(expiry) = self.expiries.pop_front() {
                 self.expire_step(expiry);
+            }
+            if let Some((expiry, reply)) = self.answer_expiries.pop_front() {
+                self.expire_answers_step(expiry, reply);
             }
             // The checkpointer has not caught up, because commits come without a pause. The writer
             // moves the log itself and thereby holds back the commits that wait.
@@ -168,8 +188,8 @@ impl Writer {
         let mut group = Vec::new();
         // An expiry under way is work, so the writer only looks into the queue then and does not
         // block.
-        let mut next =
-            if self.expiries.is_empty() { Some(jobs.blocking_recv()?) } else { jobs.try_recv().ok() };
+        let idle = self.expiries.is_empty() && self.answer_expiries.is_empty();
+        let mut next = if idle { Some(jobs.blocking_recv()?) } else { jobs.try_recv().ok() };
         while let Some(job) = next {
             match job {
                 WriteJob::Commit { commit, forced, reply } => {
@@ -178,6 +198,9 @@ impl Writer {
                 WriteJob::Expire { before_ms, reply } => {
                     let until = ExpiryExtent::Time(before_ms);
                     self.expiries.push_back(Expiry { until, removed: 0, reply: Some(reply) });
+                }
+                WriteJob::ExpireAnswers { kept_ms, reply } => {
+                    self.answer_expiries.push_back((AnswerExpiry::new(kept_ms, &self.room), reply));
                 }
             }
             next = if group.len() < MAX_GROUP { jobs.try_recv().ok() } else { None };
@@ -342,11 +365,27 @@ impl Writer {
         }
     }
 
-    /// Counts the events of a committed group, and begins an expiry if the log has become too long.
+    /// Takes one step of an expiry of answers. Answers the caller if that was the last step, and
+    /// queues the expiry again otherwise.
+    fn expire_answers_step(&mut self, mut expiry: AnswerExpiry, reply: ReplySender<u64>) {
+        match expiry.step(&mut self.conn, &self.room) {
+            Ok(false) => self.answer_expiries.push_back((expiry, reply)),
+            Ok(true) => drop(reply.send(Ok(expiry.removed))),
+            Err(error) => {
+                let error = from_sqlite(&self.path, "removing old answers from", Effect::Unknown, error);
+                drop(reply.send(Err(error)));
+            }
+        }
+    }
+
+    /// Counts the answers and the events of a committed group, and begins an expiry if the log has become too long.
     /// The expiry removes a tenth of the log, because otherwise each later commit would begin one
     /// of its own.
     fn bound_log(&mut self, group: &[WaitingCommit], outcomes: &[CommitResult]) {
         for (waiting, outcome) in group.iter().zip(outcomes) {
+            if let (Some(key), Ok(_)) = (&waiting.commit.key, outcome) {
+                self.room.count(key);
+            }
             if let (Some(event), Ok(Some(_))) = (&waiting.commit.event, outcome) {
                 self.event_bytes += event.json.len() as u64;
             }

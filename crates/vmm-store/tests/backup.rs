@@ -12,9 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{block_on, open};
 use vmm_core::event::EventSeq;
+use vmm_core::idempotency::KeyChange;
 use vmm_core::store::{Commit, RecordChange, Snapshot, Store, StoreErrorKind, VmRecord};
 use vmm_store::{DATABASE_FILE, backup, peek, restore};
-use vmm_testkit::store_suite::{all_events, insert, next, record, update};
+use vmm_testkit::store_suite::{all_events, insert, kept, next, record, update};
 
 /// Makes a store in `dir` with VMs of these names, and closes it.
 fn fill(dir: &Path, names: &[&str]) {
@@ -303,4 +304,24 @@ fn a_record_can_be_corrected_during_a_restore() {
         assert_eq!(vm.modified_ms == 42, vm.vm_id.as_str() == "b");
     }
     block_on(store.commit(Commit { change: RecordChange::Remove(vms[0].uid), event: None })).unwrap();
+}
+
+#[test]
+fn kept_answers_are_copied_and_put_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, file) = (dir.path().join("state"), dir.path().join("copy"));
+    let answer = kept("key", 1);
+    {
+        let store = open(&state);
+        let keep = KeyChange::Keep(Box::new(answer.clone()));
+        block_on(store.commit_keyed(Some(insert(&record("a"))), keep, false)).unwrap();
+    }
+    backup(&state, &file).unwrap();
+    {
+        let store = open(&state);
+        block_on(store.commit_keyed(None, KeyChange::Forget("key".to_owned()), false)).unwrap();
+        assert_eq!(block_on(store.kept_answer("key")).unwrap().kept, None);
+    }
+    restore(&file, &state, &mut as_it_is).unwrap();
+    assert_eq!(block_on(open(&state).kept_answer("key")).unwrap().kept, Some(answer));
 }

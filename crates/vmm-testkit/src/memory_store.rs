@@ -1,6 +1,7 @@
 //! A [`Store`] in memory that keeps every guarantee except durability, and fails on demand.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -8,6 +9,7 @@ use uuid::Uuid;
 use vmm_core::backend::Effect;
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::{InstanceId, VmUid};
+use vmm_core::idempotency::{AnswerLookup, KeptAnswer, KeyChange};
 use vmm_core::store::{
     Commit, EventQuery, RecordChange, Snapshot, Store, StoreError, StoreErrorKind, Tombstone, Unreadable,
     VmRecord,
@@ -28,6 +30,8 @@ struct StoreState {
     tombstones: BTreeMap<VmUid, Tombstone>,
     events: Vec<VmEvent>,
     last_event: EventSeq,
+    answers: BTreeMap<String, KeptAnswer>,
+    max_answers: Option<usize>,
     next: VecDeque<CommitTreatment>,
     always: Option<CommitTreatment>,
 }
@@ -111,6 +115,16 @@ impl MemoryStore {
         inner.unreadable.extend(found.map(|uid| (uid, why.to_owned())));
     }
 
+    /// Returns every kept answer.
+    pub fn answers(&self) -> Vec<KeptAnswer> {
+        self.lock().answers.values().cloned().collect()
+    }
+
+    /// Leaves no room for further answers once `most` are kept.
+    pub fn limit_answers(&self, most: usize) {
+        self.lock().max_answers = Some(most);
+    }
+
     fn lock(&self) -> MutexGuard<'_, StoreState> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -132,11 +146,33 @@ impl Store for MemoryStore {
     }
 
     async fn commit(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
-        self.decide(commit, false).await
+        self.decide(Some(commit), None, false).await
     }
 
     async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
-        self.decide(commit, true).await
+        self.decide(Some(commit), None, true).await
+    }
+
+    async fn commit_keyed(
+        &self,
+        commit: Option<Commit>,
+        key: KeyChange,
+        forced: bool,
+    ) -> Result<Option<EventSeq>, StoreError> {
+        self.decide(commit, Some(key), forced).await
+    }
+
+    async fn kept_answer(&self, id: &str) -> Result<AnswerLookup, StoreError> {
+        let inner = self.lock();
+        let has_room = inner.max_answers.is_none_or(|most| inner.answers.len() < most);
+        Ok(AnswerLookup { kept: inner.answers.get(id).cloned(), has_room })
+    }
+
+    async fn expire_answers(&self, kept_ms: Range<i64>) -> Result<u64, StoreError> {
+        let mut inner = self.lock();
+        let before = inner.answers.len();
+        inner.answers.retain(|_, answer| kept_ms.contains(&answer.time_ms));
+        Ok((before - inner.answers.len()).try_into().unwrap_or(u64::MAX))
     }
 
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {
@@ -157,20 +193,25 @@ impl Store for MemoryStore {
 
 impl MemoryStore {
     /// Applies or refuses a commit by its treatment. A forced commit always has room.
-    async fn decide(&self, commit: Commit, forced: bool) -> Result<Option<EventSeq>, StoreError> {
+    async fn decide(
+        &self,
+        commit: Option<Commit>,
+        key: Option<KeyChange>,
+        forced: bool,
+    ) -> Result<Option<EventSeq>, StoreError> {
         // A real store takes time, in which other tasks run.
         tokio::task::yield_now().await;
         let mut inner = self.lock();
         // The rules come first, because an illegal commit must not use up a scripted treatment.
-        inner.judge(&commit.change)?;
+        commit.as_ref().map_or(Ok(()), |commit| inner.judge(&commit.change))?;
         let verdict = inner.next.pop_front().or(inner.always).unwrap_or(CommitTreatment::Pass);
         match verdict {
-            CommitTreatment::Pass => Ok(inner.apply(commit)),
-            CommitTreatment::Refuse(StoreErrorKind::Full) if forced => Ok(inner.apply(commit)),
+            CommitTreatment::Pass => Ok(inner.apply_keyed(commit, key)),
+            CommitTreatment::Refuse(StoreErrorKind::Full) if forced => Ok(inner.apply_keyed(commit, key)),
             CommitTreatment::Refuse(kind) => Err(error(kind, Effect::NotApplied, "the script refuses it")),
             CommitTreatment::Lose(kind) => Err(error(kind, Effect::Unknown, "the script loses it")),
             CommitTreatment::WriteAndFail(kind) => {
-                inner.apply(commit);
+                inner.apply_keyed(commit, key);
                 Err(error(kind, Effect::Unknown, "the script loses the answer"))
             }
         }
@@ -194,6 +235,15 @@ impl StoreState {
             RecordChange::Remove(_) | RecordChange::Bury(_) | RecordChange::Unbury(_) => return Ok(()),
         };
         if allowed { Ok(()) } else { Err(error(kind, Effect::NotApplied, message)) }
+    }
+
+    fn apply_keyed(&mut self, commit: Option<Commit>, key: Option<KeyChange>) -> Option<EventSeq> {
+        match key {
+            Some(KeyChange::Keep(kept)) => drop(self.answers.insert(kept.call.id.clone(), *kept)),
+            Some(KeyChange::Forget(id)) => drop(self.answers.remove(&id)),
+            None => {}
+        }
+        commit.and_then(|commit| self.apply(commit))
     }
 
     fn apply(&mut self, commit: Commit) -> Option<EventSeq> {

@@ -5,6 +5,7 @@
 //! function that makes an empty fixture. Each case becomes a test there (which needs `tokio` with
 //! `macros` and `rt-multi-thread`).
 
+mod answers;
 mod events;
 mod records;
 mod samples;
@@ -14,9 +15,10 @@ use std::sync::Arc;
 
 use vmm_core::store::Store;
 
+pub use answers::*;
 pub use events::*;
 pub use records::*;
-pub use samples::{all_events, event, insert, next, record, remove, update};
+pub use samples::{all_events, event, insert, kept, keyed_call, next, record, remove, update};
 
 /// The data of a store, which outlives the store object.
 pub trait StoreFixture: Send + Sync {
@@ -43,6 +45,10 @@ macro_rules! store_suite {
             expiry_makes_no_gap_after_the_clock_was_set_back
             a_cancelled_commit_is_complete_or_absent
             a_forced_commit_obeys_the_rules_of_a_plain_one
+            an_answer_is_kept_with_its_commit_across_openings
+            an_answer_of_a_refused_commit_is_not_kept
+            an_answer_is_replaced_and_forgotten
+            expired_answers_are_removed
         );
     };
     (@each $make:path: $($case:ident)*) => {

@@ -1,5 +1,6 @@
 //! The commits of the store, and the events that they record.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use vmm_core::event::{EventSeq, VmEvent};
+use vmm_core::idempotency::{AnswerLookup, KeyChange};
 use vmm_core::store::{Commit, EventQuery, Snapshot, Store, StoreError};
 
 use super::histogram;
@@ -95,6 +97,24 @@ impl Store for MeasuredStore {
 
     async fn commit_forced(&self, commit: Commit) -> Result<Option<EventSeq>, StoreError> {
         self.measure(labels(&commit), self.inner.commit_forced(commit)).await
+    }
+
+    async fn commit_keyed(
+        &self,
+        commit: Option<Commit>,
+        key: KeyChange,
+        forced: bool,
+    ) -> Result<Option<EventSeq>, StoreError> {
+        let event = commit.as_ref().and_then(labels);
+        self.measure(event, self.inner.commit_keyed(commit, key, forced)).await
+    }
+
+    async fn kept_answer(&self, id: &str) -> Result<AnswerLookup, StoreError> {
+        self.inner.kept_answer(id).await
+    }
+
+    async fn expire_answers(&self, kept_ms: Range<i64>) -> Result<u64, StoreError> {
+        self.inner.expire_answers(kept_ms).await
     }
 
     async fn events(&self, query: EventQuery) -> Result<Vec<VmEvent>, StoreError> {

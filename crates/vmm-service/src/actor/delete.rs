@@ -82,7 +82,7 @@ impl Actor {
         point(FaultPoint::DeleteFolderRemoved);
         // The record goes last, because until then the next daemon finds the intent on record and
         // repeats the steps before. Each of them can be repeated.
-        self.remove_record(budget, operation, tombstone).await?;
+        self.remove_record(budget, operation, tombstone, &left_behind).await?;
         let mut outcome = self.outcome(None);
         outcome.left_behind = left_behind;
         Ok(outcome)
@@ -181,6 +181,7 @@ impl Actor {
         budget: Budget,
         operation: &OperationRequest,
         tombstone: Option<Tombstone>,
+        left_behind: &[FieldReport],
     ) -> Result<(), ServiceError> {
         let why = ChangeReason::asked(operation.request, &operation.caller);
         let update = RecordUpdate::new(EventKind::Deleted, why, self.status(Phase::Deleting))
@@ -191,11 +192,13 @@ impl Actor {
             Some(tombstone) => RecordChange::Bury(Box::new(tombstone.clone())),
         };
         let commit = Commit { change, event };
-        let mut removed = self.send(budget, commit.clone()).await;
+        let answer = self.answer_of_deletion(left_behind);
+        let is_answer = answer.is_some();
+        let mut removed = self.send(budget, commit.clone(), answer.clone()).await;
         if removed.as_ref().is_err_and(|error| error.effect == Effect::Unknown) {
             // A second removal is harmless, and it is the only way to find out whether the first
             // one was written.
-            removed = self.send(budget, commit).await;
+            removed = self.send(budget, commit, answer).await;
         }
         let committed = match removed {
             Ok(committed) => committed,
@@ -204,6 +207,7 @@ impl Actor {
                 return Err(error.into());
             }
         };
+        self.note_answer(is_answer);
         point(FaultPoint::DeleteOutcomeCommitted);
         match tombstone {
             Some(tombstone) => tombstones::hold_claims(&self.shared, tombstone),

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use vmm_core::backend::Effect;
 use vmm_core::caller::Caller;
 use vmm_core::event::{EventKind, NewEvent, VmSummary};
+use vmm_core::idempotency::{CallAnswer, KeptAnswer, KeyChange, KeyedCall};
 use vmm_core::state::{EndedBy, Phase, Status, observe};
 use vmm_core::store::{Commit, Intent, IntentKind, RecordChange, StoreError, StoreErrorKind, VmRecord};
 use vmm_host::fault::{FaultPoint, point};
@@ -34,7 +35,7 @@ use super::budget::Budget;
 use super::record_update::{ChangeReason, RecordUpdate};
 use crate::clock::now_ms;
 use crate::events::CommitReceipt;
-use crate::mailbox::OperationOutcome;
+use crate::mailbox::{AnswerState, OperationOutcome};
 use crate::operation_log;
 
 /// The wait before a refused outcome is written again for the first time.
@@ -79,8 +80,8 @@ impl RecordUpdate<'_> {
         next == *record
     }
 
-    /// Returns `record` after this change.
-    fn apply(self, actor: &Actor, record: &VmRecord) -> (VmRecord, NewEvent) {
+    /// Returns `record` after this change, and the entry that reports the change.
+    fn apply(self, actor: &Actor, record: &VmRecord) -> (VmRecord, JournalEntry) {
         let now = now_ms();
         let mut next = record.clone();
         next.state = self.observations.into_iter().flatten().fold(next.state, observe);
@@ -105,6 +106,7 @@ impl RecordUpdate<'_> {
             next.ended_by = ended_by;
         }
         next.modified_ms = now;
+        let answer = actor.step_key(self.key, &self.why, &mut next);
         let event = NewEvent {
             time_ms: now,
             vm_id: next.vm_id.clone(),
@@ -120,8 +122,16 @@ impl RecordUpdate<'_> {
             // ListVms shows nothing of a VM that is deleted.
             summary: (self.kind != EventKind::Deleted).then(|| VmSummary::of(&next)),
         };
-        (next, event)
+        (next, JournalEntry { event, answer })
     }
+}
+
+/// A change as the store gets it beside the record.
+#[derive(Clone)]
+struct JournalEntry {
+    event: NewEvent,
+    /// The answer that is kept for a call with an idempotency key.
+    answer: Option<Box<KeptAnswer>>,
 }
 
 /// The outcomes that the store has not recorded, or may not have recorded.
@@ -130,14 +140,14 @@ pub(super) struct Journal {
     /// The number of failed commits since the last success that the store may have written
     /// nevertheless.
     uncertain: u64,
-    /// The events of outcomes that were shown and refused, the oldest first.
-    unwritten: VecDeque<UnwrittenEvent>,
+    /// The entries of outcomes that were shown and refused, the oldest first.
+    unwritten: VecDeque<UnwrittenEntry>,
     retry: Option<CommitRetry>,
 }
 
-struct UnwrittenEvent {
-    event: NewEvent,
-    /// The generation with which the store may have written the event nevertheless.
+struct UnwrittenEntry {
+    entry: JournalEntry,
+    /// The generation with which the store may have written the entry nevertheless.
     uncertain_at: Option<u64>,
 }
 
@@ -151,6 +161,12 @@ impl Journal {
     /// written.
     pub(super) fn after_a_panic() -> Self {
         Self { uncertain: 1, ..Self::default() }
+    }
+
+    /// Returns true if the answer to `call` waits to be written.
+    pub(super) fn answers(&self, call: &KeyedCall) -> bool {
+        let answers = self.unwritten.iter().filter_map(|unwritten| unwritten.entry.answer.as_ref());
+        answers.into_iter().any(|answer| answer.call.id == call.id)
     }
 
     /// Returns the instant at which refused outcomes are to be written again.
@@ -176,7 +192,7 @@ impl Actor {
         let intent = self.new_intent(kind, caller.clone());
         let why = ChangeReason::asked(request, caller);
         let update = RecordUpdate::new(EventKind::OperationStarted, why, status);
-        self.try_to_conclude(budget, update.intending(Some(intent))).await?;
+        self.try_to_conclude(budget, update.intending(Some(intent)).beginning_call()).await?;
         point(FaultPoint::intent_committed(request));
         Ok(())
     }
@@ -196,8 +212,11 @@ impl Actor {
         update: RecordUpdate<'_>,
     ) -> Result<(), StoreError> {
         self.write_what_was_refused(budget).await?;
-        let (next, event) = update.apply(self, &self.record);
-        Ok(self.commit(budget, next, event).await?)
+        let (next, entry) = update.apply(self, &self.record);
+        let is_answer = entry.answer.is_some();
+        self.commit(budget, next, entry).await?;
+        self.note_answer(is_answer);
+        Ok(())
     }
 
     /// Commits an outcome. Readers see the outcome even if the store fails, because the outcome is
@@ -215,19 +234,20 @@ impl Actor {
         // A request of a client has a log line of its own. The end of a run has one even if a
         // request met it, because the answer to the request does not tell how the run ended.
         let is_unrequested = update.why.caller.is_none() || update.kind == EventKind::VmmExited;
-        let (next, event) = update.apply(self, &self.record);
+        let (next, entry) = update.apply(self, &self.record);
+        self.note_answer(entry.answer.is_some());
         if is_unrequested {
-            let is_logged = self.shared.beginnings.count(event.kind);
-            operation_log::unrequested(&event, &self.record.backend, is_logged);
+            let is_logged = self.shared.beginnings.count(entry.event.kind);
+            operation_log::unrequested(&entry.event, &self.record.backend, is_logged);
         }
         let result = match refused {
             // The log keeps the order of the outcomes, so this outcome waits behind those before
             // it.
-            Err(error) => Err(Box::new(RefusedCommit { error, next, event, generation: None })),
-            Ok(()) => self.commit(budget, next, event).await,
+            Err(error) => Err(Box::new(RefusedCommit { error, next, entry, generation: None })),
+            Ok(()) => self.commit(budget, next, entry).await,
         };
         let Err(refused) = result else { return Ok(()) };
-        let RefusedCommit { error, next, event, generation: uncertain_at } = *refused;
+        let RefusedCommit { error, next, entry, generation: uncertain_at } = *refused;
         tracing::error!(%error, kind = ?error.kind, "the outcome could not be recorded yet; it is shown, and writing is tried again");
         self.record = ActorRecord::new(Arc::new(next));
         self.publish();
@@ -235,7 +255,7 @@ impl Actor {
             self.journal.unwritten.pop_front();
             tracing::error!("the oldest unwritten event was dropped, because the store has refused too many");
         }
-        self.journal.unwritten.push_back(UnwrittenEvent { event, uncertain_at });
+        self.journal.unwritten.push_back(UnwrittenEntry { entry, uncertain_at });
         self.retry_later();
         Err(error)
     }
@@ -253,16 +273,16 @@ impl Actor {
     /// Writes the outcomes that the store has refused, in their order. Each is written with the
     /// present record, because only the events are a history.
     pub(super) async fn write_what_was_refused(&mut self, budget: Budget) -> Result<(), StoreError> {
-        while let Some(UnwrittenEvent { event, uncertain_at }) = self.journal.unwritten.pop_front() {
+        while let Some(UnwrittenEntry { entry, uncertain_at }) = self.journal.unwritten.pop_front() {
             let next = VmRecord::clone(&self.record);
-            let Err(refused) = self.commit_again(budget, next, event, uncertain_at).await else { continue };
-            let RefusedCommit { error, event, generation, .. } = *refused;
+            let Err(refused) = self.commit_again(budget, next, entry, uncertain_at).await else { continue };
+            let RefusedCommit { error, entry, generation, .. } = *refused;
             // The event goes back to the front of the queue. An attempt that was uncertain once
             // stays uncertain, because a later refusal does not prove that the first attempt was
             // not written.
             self.journal
                 .unwritten
-                .push_front(UnwrittenEvent { event, uncertain_at: uncertain_at.or(generation) });
+                .push_front(UnwrittenEntry { entry, uncertain_at: uncertain_at.or(generation) });
             self.retry_later();
             return Err(error);
         }
@@ -280,14 +300,14 @@ impl Actor {
         &mut self,
         budget: Budget,
         mut next: VmRecord,
-        event: NewEvent,
+        entry: JournalEntry,
         uncertain_at: Option<u64>,
     ) -> Result<(), Box<RefusedCommit>> {
         let Some(generation) = uncertain_at else {
-            return self.commit(budget, next, event).await;
+            return self.commit(budget, next, entry).await;
         };
         next.generation = generation;
-        match self.write(budget, &next, &event).await {
+        match self.write(budget, &next, &entry).await {
             Err(error) if error.kind == StoreErrorKind::Conflict => {
                 self.journal.uncertain = 0;
                 self.record = ActorRecord::new(Arc::new(next));
@@ -296,7 +316,7 @@ impl Actor {
                 self.publish();
                 Ok(())
             }
-            Err(error) => Err(Box::new(RefusedCommit { error, next, event, generation: Some(generation) })),
+            Err(error) => Err(Box::new(RefusedCommit { error, next, entry, generation: Some(generation) })),
             Ok(committed) => {
                 self.written(next, &committed);
                 Ok(())
@@ -324,7 +344,7 @@ impl Actor {
         &mut self,
         budget: Budget,
         mut next: VmRecord,
-        event: NewEvent,
+        entry: JournalEntry,
     ) -> Result<(), Box<RefusedCommit>> {
         // `unseen` is the number of earlier commits that this attempt assumes to be written. It
         // starts at 0, the usual case: the stored generation is that of `self.record`, and the
@@ -332,7 +352,7 @@ impl Actor {
         let mut unseen = 0;
         let result = loop {
             next.generation = self.record.generation + 1 + unseen;
-            let result = self.write(budget, &next, &event).await;
+            let result = self.write(budget, &next, &entry).await;
             // A conflict means that the stored generation is not the assumed one. It can be higher
             // only by the commits that may have been written, so that the next attempt assumes one
             // more of them. Every other result ends the loop: a success is certain, and another
@@ -362,7 +382,7 @@ impl Actor {
                 // the generation of `self.record`, because memory counts proven commits only.
                 let generation = unknown.then_some(next.generation);
                 next.generation = self.record.generation;
-                Err(Box::new(RefusedCommit { error, next, event, generation }))
+                Err(Box::new(RefusedCommit { error, next, entry, generation }))
             }
         }
     }
@@ -377,19 +397,31 @@ impl Actor {
         &self,
         budget: Budget,
         record: &VmRecord,
-        event: &NewEvent,
+        entry: &JournalEntry,
     ) -> Result<CommitReceipt, StoreError> {
         let change = RecordChange::Update(Box::new(record.clone()));
-        let mut event = event.clone();
+        let JournalEntry { mut event, mut answer } = entry.clone();
         // Only now is the generation of this attempt known.
         if let Some(summary) = &mut event.summary {
             summary.generation = record.generation;
         }
-        self.send(budget, Commit { change, event: Some(event) }).await
+        if let Some(CallAnswer::Done(vm)) = answer.as_mut().map(|kept| &mut kept.answer) {
+            vm.generation = record.generation;
+        }
+        self.send(budget, Commit { change, event: Some(event) }, answer).await
     }
 
-    /// Hands a commit to the store. The store keeps room for commits of forced operations.
-    pub(super) async fn send(&self, budget: Budget, commit: Commit) -> Result<CommitReceipt, StoreError> {
+    /// Hands a commit to the store, with the answer that is kept. The store keeps room for commits
+    /// of forced operations.
+    pub(super) async fn send(
+        &self,
+        budget: Budget,
+        commit: Commit,
+        answer: Option<Box<KeptAnswer>>,
+    ) -> Result<CommitReceipt, StoreError> {
+        if let Some(answer) = answer {
+            return self.shared.events.commit_keyed(commit, KeyChange::Keep(answer), budget.forced).await;
+        }
         if budget.forced {
             self.shared.events.commit_forced(commit).await
         } else {
@@ -399,7 +431,7 @@ impl Actor {
 
     /// Returns the event that reports `update`, and does not apply the update.
     pub(super) fn event_of(&self, update: RecordUpdate<'_>) -> NewEvent {
-        update.apply(self, &self.record).1
+        update.apply(self, &self.record).1.event
     }
 
     /// Shows `update` to readers and records nothing, because the update is newer knowledge and no
@@ -422,6 +454,7 @@ impl Actor {
             ended_by,
             left_behind: Vec::new(),
             warnings: Vec::new(),
+            answer: AnswerState::Open,
         }
     }
 
@@ -435,7 +468,7 @@ impl Actor {
 struct RefusedCommit {
     error: StoreError,
     next: VmRecord,
-    event: NewEvent,
+    entry: JournalEntry,
     /// The generation with which the store may have written the commit nevertheless.
     generation: Option<u64>,
 }

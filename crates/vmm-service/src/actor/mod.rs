@@ -37,6 +37,7 @@ mod discovered;
 mod discovered_files;
 mod hold;
 mod journal;
+mod keyed;
 mod launch;
 mod observe;
 mod operations;
@@ -65,13 +66,14 @@ use vmm_core::discovery::DiscoveredVm;
 use vmm_core::spec::VmSpec;
 use vmm_core::state::VmOperation;
 
-use crate::mailbox::{Mailbox, MailboxMessage, OperationRequest, QueuedOperation};
+use crate::mailbox::{AnswerState, Mailbox, MailboxMessage, OperationRequest, QueuedOperation};
 use crate::operation_log::Ending;
 use crate::shared::Shared;
 
 use budget::Budget;
 use hold::{Hold, NextStep, VmmMessage};
 use journal::{ActorRecord, Journal};
+use keyed::CallInHand;
 use quarantine::no_spec;
 
 pub(crate) use supervise::{ActorOrigin, NewActor, RecoveryOccasion};
@@ -105,6 +107,8 @@ struct Actor {
     messages_in_a_row: u8,
     /// The slot of the recovery or start in progress, see [`crate::check::without_slot_if_slow`].
     slot: Option<OwnedSemaphorePermit>,
+    /// The call with an idempotency key that is being carried out.
+    call: Option<Box<CallInHand>>,
 }
 
 /// The next step of an actor.
@@ -252,7 +256,7 @@ impl Actor {
         // The server logs the failure of this request, and knows the VM's name only.
         span.record("uid", tracing::field::display(self.record.uid));
         span.record("backend", tracing::field::display(&self.record.backend));
-        let outcome = self.carry_out(budget, &operation).instrument(span.clone()).await;
+        let outcome = self.carry_out_once(budget, &operation).instrument(span.clone()).await;
         let (request, record) = (operation.request, self.record.share());
         let ending = Ending {
             operation: request.method(),
@@ -261,10 +265,15 @@ impl Actor {
             record: &record,
             asked,
         };
-        if let Ok(outcome) = &outcome {
+        let replayed =
+            outcome.as_ref().is_ok_and(|outcome| matches!(outcome.answer, AnswerState::Replayed(_)));
+        if let Ok(outcome) = &outcome
+            && !replayed
+        {
             span.in_scope(|| ending.done(outcome));
         }
-        let deleted = outcome.is_ok() && matches!(request, VmOperation::Delete | VmOperation::ForceDelete);
+        let deleted =
+            outcome.is_ok() && !replayed && matches!(request, VmOperation::Delete | VmOperation::ForceDelete);
         // The reply cannot be sent if the client has left. The operation has been carried out
         // nevertheless, and nobody else logs its failure.
         if let Err(Err(error)) = reply.send(outcome) {

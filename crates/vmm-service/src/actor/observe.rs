@@ -143,7 +143,8 @@ impl Actor {
         let ended_by = by_guest.then_some(EndedBy::Guest);
         let update = RecordUpdate::new(EventKind::VmmExited, why.ended_by(ended_by), decision.status)
             .observing(Observation::VmmGone)
-            .ending(ended_by);
+            .ending(ended_by)
+            .ending_call();
         let _ = self.conclude(budget, update).await;
     }
 

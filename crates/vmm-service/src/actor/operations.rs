@@ -178,7 +178,7 @@ impl Actor {
         let status = self.status(Phase::at_rest(state));
         let why = ChangeReason::asked(request, caller).ended_by(ended_by);
         let update = RecordUpdate::new(EventKind::StateChanged, why, status);
-        self.conclude(budget, update.observing(achieved)).await?;
+        self.conclude(budget, update.observing(achieved).answering()).await?;
         point(FaultPoint::outcome_committed(request));
         Ok(self.outcome(ended_by))
     }
@@ -197,7 +197,7 @@ impl Actor {
         budget: Budget,
         operation: &OperationRequest,
     ) -> Result<OperationOutcome, ServiceError> {
-        let OperationRequest { request, guest_timeout, caller, update: _ } = operation;
+        let OperationRequest { request, guest_timeout, caller, update: _, key: _ } = operation;
         let (guest_timeout, start) = (*guest_timeout, StartRequest::new(*request, caller));
         let vmm = self.hold.vmm().ok_or_else(|| self.unreachable())?;
         let reserved = match self.reserve_next_run(budget).await {
@@ -392,8 +392,12 @@ impl Actor {
         if let Some(observation) = seen.observation {
             update = update.observing(observation);
         }
-        let _ =
-            self.conclude(budget, update.intending(self.still_ending(request, caller, error.effect))).await;
+        let _ = self
+            .conclude(
+                budget,
+                update.intending(self.still_ending(request, caller, error.effect)).ending_call(),
+            )
+            .await;
         let vm_id = self.record.vm_id.clone();
         Failure::Backend { step: request, vm_id, error }.into()
     }

@@ -5,8 +5,11 @@ use vmm_core::caller::Caller;
 use vmm_core::cause::Cause;
 use vmm_core::config::VmConfig;
 use vmm_core::event::{ConfigChange, EventKind};
+use vmm_core::report::FieldReport;
 use vmm_core::state::{EndedBy, Observation, Status, VmOperation};
 use vmm_core::store::Intent;
+
+use super::keyed::KeyStep;
 
 /// The reason for a change, for the audit trail.
 #[derive(Clone)]
@@ -48,6 +51,7 @@ pub(super) struct RecordUpdate<'a> {
     pub(super) ended_by: Option<Option<EndedBy>>,
     pub(super) config: Option<Box<ConfigEdit>>,
     pub(super) found: Option<Box<FoundConfig>>,
+    pub(super) key: KeyStep,
 }
 
 /// A new configuration of a VM.
@@ -73,7 +77,17 @@ impl<'a> RecordUpdate<'a> {
     /// Creates a change after which no operation is in progress. The state stays.
     pub(super) const fn new(kind: EventKind, why: ChangeReason<'a>, status: Status) -> Self {
         let (observations, intent) = ([None; 2], None);
-        Self { kind, why, status, observations, intent, ended_by: None, config: None, found: None }
+        Self {
+            kind,
+            why,
+            status,
+            observations,
+            intent,
+            ended_by: None,
+            config: None,
+            found: None,
+            key: KeyStep::Stay,
+        }
     }
 
     /// Moves the state by `observation`, after an earlier one.
@@ -104,6 +118,29 @@ impl<'a> RecordUpdate<'a> {
     /// then.
     pub(super) fn configured(mut self, found: Option<FoundConfig>) -> Self {
         self.found = found.map(Box::new);
+        self
+    }
+
+    /// Begins the keyed call in hand.
+    pub(super) fn beginning_call(mut self) -> Self {
+        self.key = KeyStep::Begin;
+        self
+    }
+
+    /// Answers the keyed call, which has succeeded.
+    pub(super) fn answering(self) -> Self {
+        self.answering_with(Vec::new())
+    }
+
+    /// Answers the keyed call, which has succeeded with `warnings`.
+    pub(super) fn answering_with(mut self, warnings: Vec<FieldReport>) -> Self {
+        self.key = KeyStep::Answer(warnings);
+        self
+    }
+
+    /// Ends the keyed call without an answer.
+    pub(super) fn ending_call(mut self) -> Self {
+        self.key = KeyStep::End;
         self
     }
 }

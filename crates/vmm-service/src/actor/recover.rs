@@ -32,6 +32,7 @@ use super::budget::{Budget, EffectError};
 use super::hold::{Hold, NextStep};
 use super::record_update::{ChangeReason, RecordUpdate};
 use super::supervise::RecoveryOccasion;
+use super::unfinished::is_achieved;
 use super::{Actor, Flow};
 use crate::mailbox::OperationRequest;
 use crate::operation_log::Ending;
@@ -285,6 +286,7 @@ impl Actor {
         };
         let why = self.found_by_search(Cause::ReachableAgain);
         let update = RecordUpdate::new(EventKind::Adopted, why, status).observing(observation);
+        let update = if is_achieved(intent.as_ref(), observation) { update.answering() } else { update };
         let _ = self.conclude(Budget::of_own_step(), update).await;
     }
 
@@ -352,8 +354,9 @@ impl Actor {
             let status = self
                 .status(Phase::Stopped)
                 .because(Reason::Shutdown, "shut down as asked; the daemon saw the end only afterwards");
-            let update =
-                RecordUpdate::new(EventKind::StateChanged, why, status).observing(Observation::VmmGone);
+            let update = RecordUpdate::new(EventKind::StateChanged, why, status)
+                .observing(Observation::VmmGone)
+                .answering();
             let _ = self.conclude(budget, update).await;
             return;
         }
@@ -453,9 +456,12 @@ impl Actor {
             guest_timeout: None,
             caller: intent.caller,
             update: None,
+            key: self.record.keyed.clone(),
         };
         let asked = Instant::now();
+        self.take_call(&operation);
         let result = self.delete(budget, &operation).await;
+        let result = self.release_call(result);
         let record = self.record.share();
         let ending = Ending {
             operation: operation.request.method(),

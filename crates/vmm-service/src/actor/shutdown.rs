@@ -45,7 +45,8 @@ impl Actor {
         let why = ChangeReason::asked(VmOperation::Shutdown, &operation.caller).ended_by(Some(ended_by));
         let update = RecordUpdate::new(EventKind::StateChanged, why, status)
             .observing(Observation::VmmGone)
-            .ending(Some(ended_by));
+            .ending(Some(ended_by))
+            .answering();
         self.conclude(budget, update).await?;
         point(FaultPoint::ShutdownOutcomeCommitted);
         Ok(self.outcome(Some(ended_by)))

@@ -359,8 +359,10 @@ impl Actor {
         if let Some(end) = start.after {
             status = end.shown_in(status);
         }
-        let update =
-            RecordUpdate::new(EventKind::StateChanged, why, status).observing(Observation::Runs).ending(None);
+        let update = RecordUpdate::new(EventKind::StateChanged, why, status)
+            .observing(Observation::Runs)
+            .ending(None)
+            .answering();
         if let Err(error) = self.try_to_conclude(budget, update).await {
             return Err(self.undo_launch(budget, start, taps, error.into(), false).await);
         }

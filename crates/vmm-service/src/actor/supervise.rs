@@ -182,6 +182,7 @@ impl ActorSeed {
             answered: None,
             messages_in_a_row: 0,
             slot: None,
+            call: None,
         };
         Box::pin(async move {
             if let Flow::GoOn = Box::pin(actor.begin_and_notify(origin, known)).await {

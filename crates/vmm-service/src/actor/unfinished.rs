@@ -19,7 +19,7 @@ use vmm_core::event::EventKind;
 use vmm_core::intent::RecoveryAction;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, VmOperation};
-use vmm_core::store::Intent;
+use vmm_core::store::{Intent, VmRecord};
 
 use super::Actor;
 use super::budget::Budget;
@@ -38,7 +38,7 @@ impl Actor {
 
     /// Schedules an interrupted shutdown by force again. No VMM has to answer for it.
     pub(super) fn take_up_force(&mut self) {
-        let operation = self.record.intent.as_ref().and_then(operation);
+        let operation = self.record.intent.as_ref().and_then(|intent| operation(intent, &self.record));
         if let Some(operation) = operation.filter(is_forced) {
             self.next = NextStep::Finish(Box::new(operation));
         }
@@ -52,7 +52,7 @@ impl Actor {
         let status = self
             .status(phase)
             .because(Reason::OperationInterrupted, format!("{method} was interrupted and continues now"));
-        if let Some(operation) = operation(intent) {
+        if let Some(operation) = operation(intent, &self.record) {
             self.next = NextStep::Finish(Box::new(operation));
         }
         let why = self.found_by_search(Cause::ReachableAgain);
@@ -72,7 +72,9 @@ impl Actor {
             Budget::of_operation(operation.guest_timeout)
         };
         let asked = Instant::now();
+        self.take_call(&operation);
         let result = self.carry_out(budget, &operation).await;
+        let result = self.release_call(result);
         let record = self.record.share();
         let ending = Ending {
             operation: operation.request.method(),
@@ -138,19 +140,41 @@ fn is_forced(operation: &OperationRequest) -> bool {
     operation.request == VmOperation::Shutdown && operation.guest_timeout.is_none()
 }
 
-/// Returns the operation that is carried on, if there is one.
-fn operation(intent: &Intent) -> Option<OperationRequest> {
-    let caller = intent.caller.clone();
+/// Returns the operation that is carried on, if there is one, with the keyed call of `record`.
+fn operation(intent: &Intent, record: &VmRecord) -> Option<OperationRequest> {
+    let (caller, key) = (intent.caller.clone(), record.keyed.clone());
     match intent.recovery() {
-        RecoveryAction::Shutdown { guest_timeout } => {
-            Some(OperationRequest { request: VmOperation::Shutdown, guest_timeout, caller, update: None })
-        }
+        RecoveryAction::Shutdown { guest_timeout } => Some(OperationRequest {
+            request: VmOperation::Shutdown,
+            guest_timeout,
+            caller,
+            update: None,
+            key,
+        }),
         RecoveryAction::Reboot { guest_timeout } => {
-            Some(OperationRequest { request: VmOperation::Reboot, guest_timeout, caller, update: None })
+            Some(OperationRequest { request: VmOperation::Reboot, guest_timeout, caller, update: None, key })
         }
         RecoveryAction::AsFound
         | RecoveryAction::Start { .. }
         | RecoveryAction::ShutdownAnswered
         | RecoveryAction::Delete { .. } => None,
+    }
+}
+
+/// Returns true if the guest of a VMM that was found shows that the interrupted operation of
+/// `intent` has succeeded.
+pub(super) fn is_achieved(intent: Option<&Intent>, seen: Observation) -> bool {
+    match intent.map(Intent::recovery) {
+        Some(RecoveryAction::Start { .. } | RecoveryAction::Reboot { .. }) => seen == Observation::Runs,
+        Some(RecoveryAction::AsFound) => {
+            let wanted = intent.is_some_and(|intent| intent.request() == VmOperation::Pause);
+            seen == if wanted { Observation::StandsStill } else { Observation::Runs }
+        }
+        Some(
+            RecoveryAction::Shutdown { .. }
+            | RecoveryAction::ShutdownAnswered
+            | RecoveryAction::Delete { .. },
+        )
+        | None => false,
     }
 }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use vmm_core::config::VmConfig;
 use vmm_core::config_part::{self, ConfigPart};
 use vmm_core::event::{ConfigChange, EventKind};
-use vmm_core::report::CheckReport;
+use vmm_core::report::{CheckReport, FieldReport};
 use vmm_core::state::VmOperation;
 use vmm_host::fault::{FaultPoint, point};
 
@@ -51,7 +51,8 @@ impl Actor {
         }
         if !changed.is_empty() {
             point(FaultPoint::UpdateChecked);
-            self.put_in_force(budget, operation, config, &changed).await?;
+            let warnings = report.warnings.iter().cloned().map(Into::into).collect();
+            self.put_in_force(budget, operation, config, &changed, warnings).await?;
         }
         Ok(OperationOutcome { warnings: report.warnings, ..self.outcome(None) })
     }
@@ -115,6 +116,7 @@ impl Actor {
         operation: &OperationRequest,
         config: VmConfig,
         changed: &[ConfigPart],
+        warnings: Vec<FieldReport>,
     ) -> Result<(), ServiceError> {
         let before = self.taps();
         let called_off = self.reconsider_restart(&config);
@@ -129,7 +131,8 @@ impl Actor {
         // The change of the configuration does not end it.
         let update = RecordUpdate::new(EventKind::Updated, why, status)
             .intending(self.record.intent.clone())
-            .configuring(edit);
+            .configuring(edit)
+            .answering_with(warnings);
         // The record names the restart that is due, so the restart is called off before the commit
         // and due again if the store refuses it.
         let due = called_off.is_some().then(|| std::mem::replace(&mut self.next, NextStep::Idle));

@@ -1,5 +1,6 @@
 //! WriteConsole.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmm_core::backend::{BackendErrorKind, ConsoleInputError, ConsoleInputFailure};
@@ -18,8 +19,8 @@ const MAX_BYTES: usize = 64 << 10;
 /// The time in which the console must take the bytes of one call.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Writes `data` into the console of a VM.
-pub(crate) async fn write(shared: &Shared, vm_id: &str, data: &[u8]) -> Result<(), ServiceError> {
+/// Writes `data` into the console of a VM, and returns the record of the VM.
+pub(crate) async fn write(shared: &Shared, vm_id: &str, data: &[u8]) -> Result<Arc<VmRecord>, ServiceError> {
     let found = vm_id.parse().ok().and_then(|id| shared.index.get(&id));
     let record = found.ok_or_else(|| ServiceError::not_found(vm_id))?.record;
     if data.len() > MAX_BYTES {
@@ -42,7 +43,8 @@ pub(crate) async fn write(shared: &Shared, vm_id: &str, data: &[u8]) -> Result<(
     let input = vmm.console_input().ok_or_else(|| no_input(&record))?;
     let written = input.write_console(data, WRITE_TIMEOUT).await;
     point(FaultPoint::ConsoleWritten);
-    written.map_err(|error| failed(&record, data.len(), error).into())
+    written.map_err(|error| failed(&record, data.len(), error))?;
+    Ok(record)
 }
 
 /// Returns the failure for a VMM whose console takes no input.

@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use vmm_core::event::{EventSeq, VmEvent};
 use vmm_core::id::{InstanceId, VmId};
+use vmm_core::idempotency::{AnswerLookup, KeyChange};
 use vmm_core::store::{Commit, EventQuery, Store, StoreError};
 
 use crate::error::ServiceError;
@@ -133,6 +134,40 @@ impl Events {
         Ok(CommitReceipt::at(seq, open))
     }
 
+    /// Commits a change with the answer to its call in one transaction.
+    ///
+    /// # Errors
+    ///
+    /// Returns the store's error.
+    pub(crate) async fn commit_keyed(
+        &self,
+        commit: Commit,
+        key: KeyChange,
+        forced: bool,
+    ) -> Result<CommitReceipt, StoreError> {
+        let open = self.settled.open();
+        let seq = self.store.commit_keyed(Some(commit), key, forced).await?;
+        Ok(CommitReceipt::at(seq, open))
+    }
+
+    /// Commits a change of the kept answers alone.
+    ///
+    /// # Errors
+    ///
+    /// Returns the store's error.
+    pub(crate) async fn change_answers(&self, key: KeyChange, forced: bool) -> Result<(), StoreError> {
+        self.store.commit_keyed(None, key, forced).await.map(drop)
+    }
+
+    /// Finds the answer that is kept for the id of a call.
+    ///
+    /// # Errors
+    ///
+    /// Returns [`ServiceError::Unavailable`] if the store cannot be read.
+    pub(crate) async fn kept_answer(&self, id: &str) -> Result<AnswerLookup, ServiceError> {
+        self.store.kept_answer(id).await.map_err(|error| Failure::KeyNotRead(error).into())
+    }
+
     /// Reads the events that follow `after`, at least one, from a log that is settled up to
     /// `until`. `until` is a later position than `after`.
     async fn read(&self, after: EventSeq, until: EventSeq) -> Result<Vec<Arc<VmEvent>>, ServiceError> {
@@ -214,6 +249,7 @@ fn unreadable(error: StoreError) -> ServiceError {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use async_trait::async_trait;
@@ -249,6 +285,23 @@ mod tests {
 
         async fn expire_events(&self, before_ms: i64) -> Result<u64, StoreError> {
             self.inner.expire_events(before_ms).await
+        }
+
+        async fn commit_keyed(
+            &self,
+            commit: Option<Commit>,
+            key: KeyChange,
+            forced: bool,
+        ) -> Result<Option<EventSeq>, StoreError> {
+            self.inner.commit_keyed(commit, key, forced).await
+        }
+
+        async fn kept_answer(&self, id: &str) -> Result<AnswerLookup, StoreError> {
+            self.inner.kept_answer(id).await
+        }
+
+        async fn expire_answers(&self, kept_ms: Range<i64>) -> Result<u64, StoreError> {
+            self.inner.expire_answers(kept_ms).await
         }
     }
 

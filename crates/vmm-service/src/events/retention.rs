@@ -24,6 +24,7 @@ use vmm_core::store::{EventQuery, StoreError};
 
 use super::Events;
 use crate::clock::now_ms;
+use crate::keys::KEY_RETENTION;
 use crate::panics::report_panic;
 
 /// The shortest time between two removals.
@@ -37,6 +38,7 @@ pub(crate) async fn expire_for_ever(events: Weak<Events>) {
     let mut cutoff = Cutoff::default();
     while let Some(events) = events.upgrade() {
         report_panic("the removal of old events", expire(&events, &mut cutoff)).await;
+        report_panic("the removal of old idempotency keys", expire_answers(&events)).await;
         let pause = (events.retention / 20).clamp(MIN_REMOVAL_INTERVAL, MAX_REMOVAL_INTERVAL);
         drop(events);
         tokio::time::sleep(pause).await;
@@ -55,6 +57,20 @@ async fn expire(events: &Arc<Events>, cutoff: &mut Cutoff) {
         Ok(removed) => tracing::info!(removed, "events past their retention were removed"),
         Err(error) => {
             tracing::warn!(%error, "events past their retention could not be removed; the daemon tries again later")
+        }
+    }
+}
+
+/// Removes the answers to calls whose keys are no longer kept. The wall clock decides. An answer from
+/// the future is removed as well, because the clock was set back, and would keep the answer for ever.
+async fn expire_answers(events: &Events) {
+    let (now, kept) = (now_ms(), millis(KEY_RETENTION));
+    let period = now.saturating_sub(kept)..now.saturating_add(kept);
+    match events.store.expire_answers(period).await {
+        Ok(0) => {}
+        Ok(removed) => tracing::debug!(removed, "idempotency keys past their retention were removed"),
+        Err(error) => {
+            tracing::warn!(%error, "idempotency keys past their retention could not be removed; the daemon tries again later")
         }
     }
 }

@@ -360,6 +360,8 @@ pub(crate) fn kind(error: &ServiceError) -> &'static str {
     match error {
         ServiceError::Invalid(_) => "invalid",
         ServiceError::NotFound(_) => "not-found",
+        ServiceError::KeyReused(_) => "key-reused",
+        ServiceError::Replayed(first) => first.code.as_str(),
         ServiceError::AlreadyExists(_) => "already-exists",
         ServiceError::IllegalState { .. } => "illegal-state",
         ServiceError::Precondition(_) => "precondition",

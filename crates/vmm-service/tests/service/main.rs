@@ -17,6 +17,7 @@ mod events;
 mod fake_taps;
 mod force;
 mod interrupted;
+mod keys;
 mod kinds;
 mod landlord;
 mod lifecycle;

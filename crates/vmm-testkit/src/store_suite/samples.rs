@@ -10,6 +10,7 @@ use vmm_core::cause::Cause;
 use vmm_core::config::{BootConfig, CpuConfig, MemoryConfig, StorageDevice, VmConfig};
 use vmm_core::event::{EventKind, EventSeq, NewEvent, VmEvent, VmSummary};
 use vmm_core::id::{BackendName, VmId, VmUid};
+use vmm_core::idempotency::{CallAnswer, KeptAnswer, KeyedCall, VmAnswer};
 use vmm_core::kind::VmKind;
 use vmm_core::state::{EndedBy, Phase, Status, VmState};
 use vmm_core::store::{
@@ -86,6 +87,7 @@ pub fn record(name: &str) -> VmRecord {
         imported: true,
         unrepresented: vec!["a vsock device".to_owned()],
         pending: Some(PendingWork { restart: true, process: PendingProcess::OutOfReach }),
+        keyed: Some(Box::new(keyed_call("sample"))),
     }
 }
 
@@ -187,4 +189,15 @@ pub(super) async fn race(
         results.push(task.await.expect("no commit panics"));
     }
     results
+}
+
+/// Returns the call of the key `id`.
+pub fn keyed_call(id: &str) -> KeyedCall {
+    KeyedCall { id: id.to_owned(), request: format!("request of {id}") }
+}
+
+/// Returns an answer to the call of the key `id` that was given at `time_ms`.
+pub fn kept(id: &str, time_ms: i64) -> KeptAnswer {
+    let answer = CallAnswer::Done(Box::new(VmAnswer::of(&record("vm"))));
+    KeptAnswer { call: keyed_call(id), time_ms, answer }
 }

@@ -173,7 +173,8 @@ impl Actor {
         let why = ChangeReason::asked(start.request, start.caller);
         let update = RecordUpdate::new(EventKind::OperationFailed, why, status)
             .observing(Observation::VmmGone)
-            .intending(Some(intent));
+            .intending(Some(intent))
+            .ending_call();
         let _ = self.conclude(budget, update).await;
         StartError::LeftSomething(error)
     }
