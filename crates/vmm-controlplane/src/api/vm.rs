@@ -4,15 +4,18 @@ use connectrpc::{RequestContext, Response, ServiceRequest, ServiceResult, Servic
 use vmm_core::store::VmRequest;
 use vmm_host::clock::now_ms;
 use vmm_proto::v1 as pb;
-use vmm_service::{ConfigUpdate, CreateRequest, ListQuery, ServiceError, ShutdownOptions, VmService};
+use vmm_service::{
+    Call, CallKind, ConfigUpdate, ListQuery, Operation, ServiceError, ShutdownOptions, VmService,
+};
 
+use super::call::{call, response};
 use super::convert::{
     backend_to_pb, config_from_pb, count, info_to_pb, reports_to_pb, state_to_pb, states_from_pb,
     summary_to_pb,
 };
 use super::error::to_connect;
 use super::{console, events, size};
-use crate::rpc::{caller, record_vm_id, require_force};
+use crate::rpc::{record_vm_id, require_force};
 
 /// The handlers, which call the use cases.
 pub struct VmHandlers {
@@ -36,17 +39,16 @@ impl pb::VmService for VmHandlers {
         record_vm_id(&ctx, request.vm_id);
         let request = request.to_owned_message();
         let config = config_from_pb(request.config.into_option().unwrap_or_default());
-        let requested = VmRequest { backend: request.backend, config };
-        let create = CreateRequest { vm_id: request.vm_id, requested, caller: caller(ctx.extensions()) };
-        let created = self.service.create(create).await.map_err(to_connect)?;
-        record_vm_id(&ctx, created.record.vm_id.as_str());
-        Response::ok(pb::CreateVmResponse {
-            vm_id: created.record.vm_id.to_string(),
-            state: state_to_pb(created.record.state).into(),
-            warnings: reports_to_pb(created.warnings),
-            uid: created.record.uid.to_string(),
+        let create = CallKind::Create(VmRequest { backend: request.backend, config });
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, create)).await?;
+        record_vm_id(&ctx, answered.answer.vm_id.as_str());
+        Ok(response(answered, |vm| pb::CreateVmResponse {
+            vm_id: vm.vm_id.to_string(),
+            state: state_to_pb(vm.state).into(),
+            warnings: reports_to_pb(vm.warnings),
+            uid: vm.uid.to_string(),
             ..Default::default()
-        })
+        }))
     }
 
     async fn delete_vm(
@@ -56,16 +58,13 @@ impl pb::VmService for VmHandlers {
     ) -> ServiceResult<pb::DeleteVmResponse> {
         record_vm_id(&ctx, request.vm_id);
         require_force(&ctx, request.force)?;
-        let outcome = self
-            .service
-            .delete(request.vm_id, request.force, caller(ctx.extensions()))
-            .await
-            .map_err(to_connect)?;
-        Response::ok(pb::DeleteVmResponse {
+        let operation = Operation::Delete { force: request.force };
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, operation)).await?;
+        Ok(response(answered, |vm| pb::DeleteVmResponse {
             success: true,
-            left_behind: reports_to_pb(outcome.left_behind),
+            left_behind: reports_to_pb(vm.left_behind),
             ..Default::default()
-        })
+        }))
     }
 
     async fn boot_vm(
@@ -74,12 +73,13 @@ impl pb::VmService for VmHandlers {
         request: ServiceRequest<'_, pb::BootVmRequest>,
     ) -> ServiceResult<pb::BootVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome = self.service.boot(request.vm_id, caller(ctx.extensions())).await.map_err(to_connect)?;
-        Response::ok(pb::BootVmResponse {
+        let operation = Operation::Boot;
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, operation)).await?;
+        Ok(response(answered, |vm| pb::BootVmResponse {
             success: true,
-            state: state_to_pb(outcome.record.state).into(),
+            state: state_to_pb(vm.state).into(),
             ..Default::default()
-        })
+        }))
     }
 
     async fn shutdown_vm(
@@ -90,17 +90,14 @@ impl pb::VmService for VmHandlers {
         record_vm_id(&ctx, request.vm_id);
         require_force(&ctx, request.force)?;
         let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
-        let outcome = self
-            .service
-            .shutdown(request.vm_id, options, caller(ctx.extensions()))
-            .await
-            .map_err(to_connect)?;
-        Response::ok(pb::ShutdownVmResponse {
+        let operation = Operation::Shutdown(options);
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, operation)).await?;
+        Ok(response(answered, |vm| pb::ShutdownVmResponse {
             success: true,
-            state: state_to_pb(outcome.record.state).into(),
-            ended_by: outcome.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
+            state: state_to_pb(vm.state).into(),
+            ended_by: vm.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
             ..Default::default()
-        })
+        }))
     }
 
     async fn pause_vm(
@@ -109,13 +106,13 @@ impl pb::VmService for VmHandlers {
         request: ServiceRequest<'_, pb::PauseVmRequest>,
     ) -> ServiceResult<pb::PauseVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome =
-            self.service.pause(request.vm_id, caller(ctx.extensions())).await.map_err(to_connect)?;
-        Response::ok(pb::PauseVmResponse {
+        let operation = Operation::Pause;
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, operation)).await?;
+        Ok(response(answered, |vm| pb::PauseVmResponse {
             success: true,
-            state: state_to_pb(outcome.record.state).into(),
+            state: state_to_pb(vm.state).into(),
             ..Default::default()
-        })
+        }))
     }
 
     async fn resume_vm(
@@ -124,13 +121,13 @@ impl pb::VmService for VmHandlers {
         request: ServiceRequest<'_, pb::ResumeVmRequest>,
     ) -> ServiceResult<pb::ResumeVmResponse> {
         record_vm_id(&ctx, request.vm_id);
-        let outcome =
-            self.service.resume(request.vm_id, caller(ctx.extensions())).await.map_err(to_connect)?;
-        Response::ok(pb::ResumeVmResponse {
+        let operation = Operation::Resume;
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, operation)).await?;
+        Ok(response(answered, |vm| pb::ResumeVmResponse {
             success: true,
-            state: state_to_pb(outcome.record.state).into(),
+            state: state_to_pb(vm.state).into(),
             ..Default::default()
-        })
+        }))
     }
 
     async fn reboot_vm(
@@ -140,17 +137,14 @@ impl pb::VmService for VmHandlers {
     ) -> ServiceResult<pb::RebootVmResponse> {
         record_vm_id(&ctx, request.vm_id);
         let options = ShutdownOptions { force: request.force, timeout_seconds: request.timeout_seconds };
-        let outcome = self
-            .service
-            .reboot(request.vm_id, options, caller(ctx.extensions()))
-            .await
-            .map_err(to_connect)?;
-        Response::ok(pb::RebootVmResponse {
+        let operation = Operation::Reboot(options);
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, operation)).await?;
+        Ok(response(answered, |vm| pb::RebootVmResponse {
             success: true,
-            state: state_to_pb(outcome.record.state).into(),
-            ended_by: outcome.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
+            state: state_to_pb(vm.state).into(),
+            ended_by: vm.ended_by.map(|rung| rung.as_str().to_owned()).unwrap_or_default(),
             ..Default::default()
-        })
+        }))
     }
 
     async fn update_vm(
@@ -160,22 +154,18 @@ impl pb::VmService for VmHandlers {
     ) -> ServiceResult<pb::UpdateVmResponse> {
         record_vm_id(&ctx, request.vm_id);
         let request = request.to_owned_message();
-        let update = ConfigUpdate {
+        let operation = Operation::Update(ConfigUpdate {
             config: config_from_pb(request.config.into_option().unwrap_or_default()),
             fields: request.fields,
             if_generation: request.if_generation,
-        };
-        let outcome = self
-            .service
-            .update(&request.vm_id, update, caller(ctx.extensions()))
-            .await
-            .map_err(to_connect)?;
-        Response::ok(pb::UpdateVmResponse {
-            state: state_to_pb(outcome.record.state).into(),
-            generation: count(outcome.record.generation),
-            warnings: reports_to_pb(outcome.warnings),
+        });
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, operation)).await?;
+        Ok(response(answered, |vm| pb::UpdateVmResponse {
+            state: state_to_pb(vm.state).into(),
+            generation: count(vm.generation),
+            warnings: reports_to_pb(vm.warnings),
             ..Default::default()
-        })
+        }))
     }
 
     async fn get_vm_info(
@@ -302,7 +292,8 @@ impl pb::VmService for VmHandlers {
         request: ServiceRequest<'_, pb::WriteConsoleRequest>,
     ) -> ServiceResult<pb::WriteConsoleResponse> {
         record_vm_id(&ctx, request.vm_id);
-        self.service.write_console(request.vm_id, request.data).await.map_err(to_connect)?;
-        Response::ok(pb::WriteConsoleResponse::default())
+        let input = CallKind::WriteConsole(request.data.into());
+        let answered = call(&self.service, &ctx, Call::new(request.vm_id, input)).await?;
+        Ok(response(answered, |_| pb::WriteConsoleResponse::default()))
     }
 }

@@ -9,14 +9,11 @@ use std::task::Poll;
 use axum::body::Body;
 use axum::response::Response;
 use connectrpc::interceptor::{StreamRequest, StreamResponse, UnaryRequest, UnaryResponse};
-use connectrpc::{
-    ConnectError, IdempotencyLevel, Interceptor, Next, NextStream, PayloadStream, RequestContext, async_trait,
-};
+use connectrpc::{ConnectError, Interceptor, Next, NextStream, PayloadStream, RequestContext, async_trait};
 use futures::{FutureExt as _, StreamExt as _, stream};
+use http::HeaderMap;
 use http::header::AUTHORIZATION;
-use http::{HeaderMap, HeaderName};
 use tokio::sync::watch;
-use vmm_proto::v1::VM_SERVICE_SERVICE_NAME;
 
 use super::RequestId;
 
@@ -141,9 +138,6 @@ impl RefusalInterceptor {
     /// Refuses `Authorization`, because a caller whose credentials are ignored would believe that
     /// somebody had checked them.
     pub(super) const CREDENTIALS: Self = Self(credentials);
-    /// Refuses `Idempotency-Key` on methods that change something, because a key that is ignored
-    /// would promise a guarantee that is not kept.
-    pub(super) const IDEMPOTENCY_KEY: Self = Self(idempotency_key);
 }
 
 #[async_trait]
@@ -176,28 +170,4 @@ fn credentials(ctx: &RequestContext) -> Result<(), ConnectError> {
         "this daemon does not authenticate callers, so the Authorization header cannot be checked: send the request without \
          it; until a version that authenticates, every program that reaches the daemon's address has access",
     ))
-}
-
-const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-
-/// The methods that change nothing though they are not marked as free of side effects.
-const READS: [&str; 4] = ["ValidateVm", "WaitVm", "WatchVms", "StreamConsole"];
-
-fn idempotency_key(ctx: &RequestContext) -> Result<(), ConnectError> {
-    if ctx.header(IDEMPOTENCY_KEY).is_none() || !changes_something(ctx) {
-        return Ok(());
-    }
-    Err(ConnectError::unimplemented(
-        "the Idempotency-Key header is not served yet: send the request without it (CreateVm with the same \
-         vm_id and configuration, and every other method except RebootVm and WriteConsole, may be repeated with the \
-         same effect as once)",
-    ))
-}
-
-fn changes_something(ctx: &RequestContext) -> bool {
-    ctx.spec().is_some_and(|spec| {
-        spec.service() == VM_SERVICE_SERVICE_NAME
-            && spec.idempotency_level != IdempotencyLevel::NoSideEffects
-            && !READS.contains(&spec.method())
-    })
 }

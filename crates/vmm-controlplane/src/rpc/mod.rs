@@ -23,7 +23,7 @@
 //!      ▼
 //!   connectrpc ── call_meter.rs    the number, code and time of the calls
 //!      │          ── interceptors.rs  panics → INTERNAL, streams end at shutdown,
-//!      │                      Authorization and Idempotency-Key are refused
+//!      │                      Authorization is refused
 //!      │
 //!      │    entries.rs       refuses requests with too many entries
 //!      │    strict_json.rs   refuses unknown and repeated JSON fields and wrong values
@@ -166,6 +166,5 @@ fn rpc_service(
         .with_interceptor(interceptors::DrainInterceptor::new(draining))
         .with_interceptor(failure_log::ErrorInterceptor)
         .with_interceptor(interceptors::RefusalInterceptor::CREDENTIALS)
-        .with_interceptor(interceptors::RefusalInterceptor::IDEMPOTENCY_KEY)
         .with_interceptor(strict_json))
 }

@@ -383,6 +383,22 @@ pub(crate) fn try_call(url: &str, method: &str, body: &Value) -> Result<Answer, 
     response.map(answer)
 }
 
+/// Calls with an `Idempotency-Key`. Also says whether the answer was given before.
+pub(crate) fn try_call_keyed(
+    url: &str,
+    method: &str,
+    body: &Value,
+    key: &str,
+) -> Result<(Answer, bool), ureq::Error> {
+    let response = agent()
+        .post(format!("{url}/vmm.v1.VmService/{method}"))
+        .header("content-type", "application/json")
+        .header("idempotency-key", key)
+        .send(body.to_string())?;
+    let replayed = response.headers().get("idempotency-replayed").is_some_and(|value| value == "true");
+    Ok((answer(response), replayed))
+}
+
 /// Posts JSON to any page.
 pub(crate) fn post(url: &str, body: &Value) -> Answer {
     let sent = agent().post(url).header("content-type", "application/json").send(body.to_string());

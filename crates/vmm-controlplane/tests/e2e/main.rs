@@ -28,6 +28,7 @@ mod hung_files;
 #[allow(dead_code, reason = "another program uses the rest")]
 mod hung_mount;
 mod hypervisor_failures;
+mod keys;
 mod libvirt;
 mod libvirt_session;
 mod lifecycle;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use vmm_host::fault::FaultPoint;
 use vmm_testkit::guests::TinyGuest;
 
-use crate::harness::{Answer, World, eventually, is_alive, signal, try_call, vmm_pid};
+use crate::harness::{Answer, World, eventually, is_alive, signal, try_call_keyed, vmm_pid};
 use crate::hypervisor::{Backend, ip};
 use crate::inspect;
 use crate::scenario::{BOOT, Call, PAUSED, RUNNING, SHUT_DOWN, Scenario, VMM_COMES, VMM_DIES, VmCondition};
@@ -17,6 +17,8 @@ use crate::stage::{Hand, Stage, name_at};
 
 /// How many spare VMMs the daemon keeps.
 pub(crate) const SPARES: &str = "UNKEY_VMCP_SPARE_VMMS";
+/// The idempotency key of the call that the daemon dies over.
+const KEY: &str = "d1e5-0v3r";
 /// The VM under test, where the daemon makes it.
 const VM: &str = "vm";
 /// A VM that runs all the time and has nothing to do with it.
@@ -336,7 +338,24 @@ impl Case {
         if self.befalls(to) {
             return None;
         }
-        try_call(self.world.url(), to.method, &self.body(to)).ok()
+        try_call_keyed(self.world.url(), to.method, &self.body(to), KEY).ok().map(|(answer, _)| answer)
+    }
+
+    /// Calls with the key of the call that the daemon died over. Also says whether the answer is
+    /// the one to that call.
+    pub(crate) fn call_keyed(&mut self, call: Call) -> (Answer, bool) {
+        self.befalls(call);
+        let keyed = try_call_keyed(self.world.url(), call.method, &self.body(call), KEY);
+        let (answer, replayed) = keyed.unwrap_or_else(|error| panic!("no answer: {error}"));
+        if call.method == "CreateVm" && answer.status == 200 {
+            self.note(&answer.body, VM);
+        }
+        (answer, replayed)
+    }
+
+    /// The generation of the VM under test, if it exists.
+    pub(crate) fn generation(&self) -> Value {
+        self.world.call("GetVmInfo", &json!({"vm_id": self.vm})).body["generation"].clone()
     }
 
     /// Has happen what no client calls for; says whether `call` is of that kind. Where a VMM has to

@@ -9,7 +9,7 @@ use crate::case::Case;
 use crate::harness::{WAIT_TIMEOUT, skipped};
 use crate::hypervisor::{Backend, can_make_taps};
 use crate::inspect;
-use crate::scenario::{CREATED, RUNNING, Scenario, VMM_COMES, VmCondition};
+use crate::scenario::{CREATED, RUNNING, Scenario, VMM_COMES, VMM_DIES, VmCondition};
 use crate::stage::{Hand, Stage};
 
 /// A point, and how often it is passed before it is passed for good.
@@ -137,7 +137,7 @@ impl Case {
         self.witness_goes_on();
         inspect::ledger(&self);
         inspect::claims(&mut self, condition);
-        self.again();
+        self.again(condition);
         self.witness_goes_on();
         if self.scenario.spares_its_vmm(self.hypervisor) && by_hand.is_some() {
             let now = self.hand.as_ref().and_then(Hand::pid);
@@ -171,12 +171,16 @@ impl Case {
         self.world.stop(Signal::KILL);
     }
 
-    /// The client, who had no answer, calls once more.
-    fn again(&mut self) {
+    /// The client, who had no answer, calls once more: with the key of the call that was cut short,
+    /// and without a key.
+    fn again(&mut self, condition: VmCondition) {
         let scenario = self.scenario;
         if scenario.call.method == VMM_COMES.method {
             // Nobody has called, and it is there.
             return;
+        }
+        if scenario.call.method != VMM_DIES.method {
+            self.again_with_key(condition);
         }
         let answer = self.call(scenario.call);
         let gone_already = scenario.to == VmCondition::Nowhere && answer.body["code"] == "not_found";
@@ -185,5 +189,27 @@ impl Case {
         }
         inspect::settled(self, &[scenario.to]);
         inspect::events(self);
+    }
+
+    /// If the operation has been carried out, the answer is that of the call that was cut short, and
+    /// nothing happens.
+    fn again_with_key(&mut self, condition: VmCondition) {
+        let scenario = self.scenario;
+        let moved = condition == scenario.to && scenario.from != scenario.to;
+        let is_done = scenario.refusal.is_empty() && (moved || scenario.call.method == "RebootVm");
+        let before = self.generation();
+        let (answer, replayed) = self.call_keyed(scenario.call);
+        if is_done {
+            assert!(replayed, "it was carried out, and the answer is another one: {answer:?}");
+            assert_eq!(self.generation(), before, "the answer was given before, and something was done");
+        }
+        if scenario.call.method == "WriteConsole" {
+            // A part of the input may have been typed, so it is never typed again.
+            assert!(replayed);
+            drop(answer.error("aborted"));
+        } else {
+            self.expect(answer);
+        }
+        inspect::settled(self, &[scenario.to]);
     }
 }

@@ -170,29 +170,6 @@ async fn hosts_open_to_dns_rebinding_are_refused() {
 }
 
 #[tokio::test]
-async fn an_idempotency_key_is_refused_on_changing_methods() {
-    let server = TestServer::start().await;
-    let keyed = |method: &str| with_header(json_call(method, "{}"), "idempotency-key", "k");
-    for method in
-        ["CreateVm", "DeleteVm", "BootVm", "ShutdownVm", "PauseVm", "ResumeVm", "RebootVm", "WriteConsole"]
-    {
-        let reply = send(server.addr, keyed(method)).await;
-        assert_refused(&reply, 501, "unimplemented", "Idempotency-Key");
-    }
-    for method in ["ListVms", "GetVmInfo", "ValidateVm", "ListBackends", "WaitVm"] {
-        assert_eq!(send(server.addr, keyed(method)).await.status, 200, "{method}");
-    }
-    for protocol in [Protocol::Grpc, Protocol::GrpcWeb] {
-        let config = ClientConfig::new(server.uri()).with_protocol(protocol);
-        let client = VmServiceClient::new(HttpClient::plaintext_http2_only(), config);
-        let options = CallOptions::default().with_header("idempotency-key", "k");
-        let error = client.delete_vm_with_options(pb::DeleteVmRequest::default(), options).await.unwrap_err();
-        assert_eq!(error.code, ErrorCode::Unimplemented, "{protocol}");
-        assert!(error.message.unwrap().contains("Idempotency-Key"), "{protocol}");
-    }
-}
-
-#[tokio::test]
 async fn unchecked_credentials_are_refused() {
     let server = TestServer::start().await;
     for (method, header) in
