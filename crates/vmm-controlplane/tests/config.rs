@@ -33,6 +33,10 @@ impl LoaderHost for OneFile {
     fn exists(&self, _: &Path) -> bool {
         false
     }
+
+    fn group(&self, name: &str) -> Option<u32> {
+        (name == "root").then_some(0)
+    }
 }
 
 fn load_file(text: String) -> LoadedConfig {
