@@ -10,7 +10,7 @@
 )]
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -188,7 +188,7 @@ impl ByHandVmm {
             ),
             Some(_) | None => Stdio::null(),
         };
-        let child = command.stdin(Stdio::null()).stdout(output).stderr(Stdio::null()).spawn();
+        let child = spawn(command.stdin(Stdio::null()).stdout(output).stderr(Stdio::null()));
         let child = child.unwrap_or_else(|error| panic!("{}: {error}", program.display()));
         let mut vmm = Self { kind, socket: socket.to_path_buf(), child };
         vmm.wait_for_socket();
@@ -375,6 +375,23 @@ fn exchange(socket: &Path, method: &str, path: &str, body: &Value) -> Option<(u1
         if count == 0 || content.len() >= length.unwrap_or(0) {
             let status = head.split_whitespace().nth(1)?.parse().ok()?;
             return Some((status, content.to_owned()));
+        }
+    }
+}
+
+/// Starts a program whose file the test may just have written.
+///
+/// A process that another thread forked while the file was open for writing keeps the file open
+/// until that process executes its own program. Until then the start fails with "text file busy".
+#[expect(clippy::disallowed_methods, reason = "a test's own thread waits for another process")]
+fn spawn(command: &mut Command) -> io::Result<Child> {
+    let deadline = Instant::now() + LISTEN_TIMEOUT;
+    loop {
+        match command.spawn() {
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
         }
     }
 }
