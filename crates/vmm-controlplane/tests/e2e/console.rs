@@ -1,9 +1,8 @@
 //! StreamConsole and WriteConsole: what the guest prints, and what is typed, on each hypervisor and across every kind of end.
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::Sender;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -13,10 +12,11 @@ use vmm_testkit::guests::TinyGuest;
 
 use crate::harness::{WAIT_TIMEOUT, World, call, eventually, hypervisors, skipped};
 use crate::shutdown::{NO_LINUX, linux_config};
+use crate::stream::Stream;
 
-/// A console that is streamed, read by a thread of its own.
+/// A console that is streamed.
 pub(crate) struct Console {
-    messages: Receiver<Value>,
+    stream: Stream,
     /// The position and the bytes so far.
     pub(crate) pieces: Vec<(u64, Vec<u8>)>,
     /// The last message of the stream.
@@ -35,42 +35,8 @@ impl Console {
     pub(crate) fn unread(world: &World, vm_id: &str, more: &Value) -> (Sender<()>, Self) {
         let mut request = json!({"vm_id": vm_id});
         request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        let body = request.to_string().into_bytes();
-        let mut framed = vec![0];
-        framed.extend(u32::try_from(body.len()).unwrap().to_be_bytes());
-        framed.extend(body);
-        let url = format!("{}/vmm.v1.VmService/StreamConsole", world.url());
-        let agent: ureq::Agent = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .timeout_global(Some(4 * WAIT_TIMEOUT))
-            .build()
-            .into();
-        let response =
-            agent.post(&url).header("content-type", "application/connect+json").send(&framed[..]).unwrap();
-        let mut reader = response.into_body().into_reader();
-        let (tell, messages) = channel();
-        let (read, may_read) = channel();
-        std::thread::spawn(move || {
-            if may_read.recv().is_err() {
-                return;
-            }
-            let mut head = [0; 5];
-            while reader.read_exact(&mut head).is_ok() {
-                let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
-                let mut message = vec![0; usize::try_from(length).unwrap()];
-                if reader.read_exact(&mut message).is_err() {
-                    return;
-                }
-                let mut message: Value = serde_json::from_slice(&message).unwrap();
-                if head[0] & 2 != 0 {
-                    message = json!({"end": message});
-                }
-                if tell.send(message).is_err() {
-                    return;
-                }
-            }
-        });
-        (read, Self { messages, pieces: Vec::new(), end: None })
+        let (read, stream) = world.unread_stream("StreamConsole", &request);
+        (read, Self { stream, pieces: Vec::new(), end: None })
     }
 
     /// Returns the position behind the last byte.
@@ -80,7 +46,7 @@ impl Console {
 
     /// Takes the next message, or returns false after `WAIT_TIMEOUT`.
     pub(crate) fn take(&mut self) -> bool {
-        let Ok(message) = self.messages.recv_timeout(WAIT_TIMEOUT) else { return false };
+        let Ok(message) = self.stream.messages.recv_timeout(WAIT_TIMEOUT) else { return false };
         if let Some(end) = message.get("end") {
             self.end = Some(end.clone());
             return true;

@@ -2,87 +2,13 @@
 //! across the daemon's death.
 
 use std::collections::HashSet;
-use std::io::Read as _;
-use std::sync::mpsc::{Receiver, channel};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use vmm_testkit::guests::TinyGuest;
 
-use crate::harness::{WAIT_TIMEOUT, World, call, vmm_pid};
+use crate::harness::{World, call, vmm_pid};
 use crate::needs_qemu;
-
-/// A stream of the Connect protocol, read by a thread of its own.
-struct Stream {
-    messages: Receiver<Value>,
-}
-
-impl Stream {
-    /// Calls WatchVms.
-    fn watch(world: &World, request: &Value) -> Self {
-        let body = request.to_string().into_bytes();
-        let mut framed = vec![0];
-        framed.extend(u32::try_from(body.len()).unwrap().to_be_bytes());
-        framed.extend(body);
-        let url = format!("{}/vmm.v1.VmService/WatchVms", world.url());
-        let agent: ureq::Agent = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .timeout_global(Some(WAIT_TIMEOUT))
-            .build()
-            .into();
-        let response =
-            agent.post(&url).header("content-type", "application/connect+json").send(&framed[..]).unwrap();
-        let mut reader = response.into_body().into_reader();
-        let (tell, messages) = channel();
-        std::thread::spawn(move || {
-            let mut head = [0; 5];
-            // The end of the connection, expected or not, is the end of the channel.
-            while reader.read_exact(&mut head).is_ok() {
-                let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
-                let mut message = vec![0; usize::try_from(length).unwrap()];
-                if reader.read_exact(&mut message).is_err() {
-                    return;
-                }
-                let mut message: Value = serde_json::from_slice(&message).unwrap();
-                if head[0] & 2 != 0 {
-                    message = json!({"end": message});
-                }
-                if tell.send(message).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { messages }
-    }
-
-    /// The next message; `{"end": …}` is the last.
-    #[track_caller]
-    fn next(&self) -> Value {
-        self.messages.recv_timeout(WAIT_TIMEOUT).expect("a message comes")
-    }
-
-    /// All messages up to one that is `wanted`, which is the last of them.
-    #[track_caller]
-    fn until(&self, wanted: impl Fn(&Value) -> bool) -> Vec<Value> {
-        let mut seen = Vec::new();
-        loop {
-            let message = self.next();
-            assert!(message.get("end").is_none(), "{message} after {seen:#?}");
-            let done = wanted(&message);
-            seen.push(message);
-            if done {
-                return seen;
-            }
-        }
-    }
-
-    /// The error that the stream ends with.
-    #[track_caller]
-    fn error(&self) -> Value {
-        let last = self.messages.iter().last().expect("the stream ends with a message");
-        last["end"]["error"].clone()
-    }
-}
 
 fn is(message: &Value, kind: &str) -> bool {
     message["type"] == kind
@@ -108,7 +34,7 @@ fn a_watch_reports_the_start_and_the_end_of_a_guest() {
     needs_qemu!();
     let world = World::started(&[]);
     world.create("old", &world.tiny(TinyGuest::Idle));
-    let stream = Stream::watch(&world, &json!({}));
+    let stream = world.stream("WatchVms", &json!({}));
     let beginning = stream.until(|message| is(message, "synced"));
     let [present, synced] = beginning.as_slice() else { panic!("{beginning:#?}") };
     assert_eq!((&present["type"], &present["vm_id"]), (&json!("present"), &json!("old")));
@@ -144,7 +70,7 @@ fn a_watch_reports_the_start_and_the_end_of_a_guest() {
 fn a_watch_resumes_after_a_killed_daemon() {
     needs_qemu!();
     let mut world = World::started(&[]);
-    let stream = Stream::watch(&world, &json!({}));
+    let stream = world.stream("WatchVms", &json!({}));
     let synced = stream.next();
     assert!(is(&synced, "synced"), "{synced}");
     world.create("vm", &world.tiny(TinyGuest::Idle));
@@ -156,10 +82,10 @@ fn a_watch_resumes_after_a_killed_daemon() {
     world.start();
     world.call("ResumeVm", &json!({"vm_id": "vm"})).ok();
 
-    let resumed = Stream::watch(&world, &json!({"resume_token": last}));
+    let resumed = world.stream("WatchVms", &json!({"resume_token": last}));
     seen.extend(resumed.until(|message| is(message, "state-changed") && message["cause"] == "ResumeVm"));
     assert_eq!(seen, listed(&world, ""), "nothing lost, nothing twice, and no marker");
-    let from_marker = Stream::watch(&world, &json!({"resume_token": synced["token"]}));
+    let from_marker = world.stream("WatchVms", &json!({"resume_token": synced["token"]}));
     let again = from_marker.until(|message| is(message, "state-changed") && message["cause"] == "ResumeVm");
     assert_eq!(again, seen);
 
@@ -169,7 +95,7 @@ fn a_watch_resumes_after_a_killed_daemon() {
     world.start();
     for (token, code) in [("nonsense", "invalid_argument"), (&format!("e{}", "0".repeat(40)), "out_of_range")]
     {
-        let refused = Stream::watch(&world, &json!({"resume_token": token})).error();
+        let refused = world.stream("WatchVms", &json!({"resume_token": token})).error();
         assert_eq!(refused["code"], code, "{refused}");
         assert!(!refused["message"].as_str().unwrap_or_default().is_empty());
     }
@@ -185,8 +111,8 @@ fn many_watches_get_the_events_in_one_order() {
     };
     let plain = world.tiny(TinyGuest::Idle);
     let labelled = label(&plain);
-    let all = Stream::watch(&world, &json!({}));
-    let even = Stream::watch(&world, &json!({"metadata_filter": {"team": "even"}}));
+    let all = world.stream("WatchVms", &json!({}));
+    let even = world.stream("WatchVms", &json!({"metadata_filter": {"team": "even"}}));
     assert!(is(&all.next(), "synced") && is(&even.next(), "synced"));
     std::thread::scope(|scope| {
         for number in 0..20 {
@@ -218,13 +144,13 @@ fn events_are_kept_for_the_configured_time() {
     let token = listed(&world, "")[0]["token"].clone();
     world.create("vm2", &world.tiny(TinyGuest::Idle));
     crate::harness::eventually("the events expire", || listed(&world, "").is_empty());
-    let message = Stream::watch(&world, &json!({"resume_token": token})).error();
+    let message = world.stream("WatchVms", &json!({"resume_token": token})).error();
     assert_eq!(message["code"], "out_of_range", "{message}");
     world.stop(Signal::KILL);
     world.start();
-    let message = Stream::watch(&world, &json!({"resume_token": token})).error();
+    let message = world.stream("WatchVms", &json!({"resume_token": token})).error();
     assert_eq!(message["code"], "out_of_range", "{message}");
-    let beginning = Stream::watch(&world, &json!({"vm_id": "vm"})).until(|message| is(message, "synced"));
+    let beginning = world.stream("WatchVms", &json!({"vm_id": "vm"})).until(|message| is(message, "synced"));
     assert_eq!(beginning.len(), 2, "the VM is there all the same: {beginning:#?}");
 }
 

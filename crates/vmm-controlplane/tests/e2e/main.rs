@@ -46,6 +46,8 @@ mod shutdown;
 mod signals;
 mod spares;
 mod startable;
+mod stream;
 mod taps;
 mod unprivileged;
+mod update;
 mod valid;
