@@ -43,7 +43,7 @@ pub struct Call<'a> {
 #[derive(Clone, Debug)]
 pub enum CallKind<'a> {
     /// CreateVm.
-    Create(VmRequest),
+    Create(Box<VmRequest>),
     /// An operation on a VM that exists.
     Operate(Operation),
     /// WriteConsole, with the bytes.
@@ -226,7 +226,7 @@ impl VmService {
         let Call { vm_id, kind } = call;
         match kind {
             CallKind::Create(requested) => {
-                let request = CreateRequest { vm_id: vm_id.into_owned(), requested, caller };
+                let request = CreateRequest { vm_id: vm_id.into_owned(), requested: *requested, caller };
                 Ok(of_created(self.create_once(request, key.cloned()).await?))
             }
             CallKind::WriteConsole(data) => {

@@ -59,7 +59,7 @@ pub enum Operation {
     /// RebootVm.
     Reboot(ShutdownOptions),
     /// UpdateVm.
-    Update(ConfigUpdate),
+    Update(Box<ConfigUpdate>),
     /// DeleteVm.
     Delete {
         /// True to delete the VM in any state.
@@ -178,7 +178,7 @@ impl VmService {
         update: ConfigUpdate,
         caller: Caller,
     ) -> Result<OperationOutcome, ServiceError> {
-        self.operate(vm_id, Operation::Update(update), caller, None).await
+        self.operate(vm_id, Operation::Update(Box::new(update)), caller, None).await
     }
 
     /// Asks the actor of a VM for an operation, which keeps the answer for the call `key`.
@@ -198,7 +198,7 @@ impl VmService {
             }
             Operation::Update(sent) => {
                 sent.check_request()?;
-                update = Some(Box::new(sent));
+                update = Some(sent);
             }
             Operation::Delete { .. } => {
                 // A forced operation pre-empts the one in progress, which a refusal must not do. The

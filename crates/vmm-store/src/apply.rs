@@ -176,7 +176,7 @@ pub(crate) enum CommitProof {
     /// The VM is not recorded.
     Gone(String),
     /// The row of an answer is as the commit leaves it.
-    Answer(EncodedKeyChange),
+    Answer(Box<EncodedKeyChange>),
     /// The commit changes nothing.
     Nothing,
 }
@@ -188,7 +188,7 @@ impl CommitProof {
             // The event proves the change of the record too, because both are in one transaction.
             (_, Some(seq)) => Self::Event(seq),
             (EncodedChange::Nothing, None) => {
-                commit.key.as_ref().map_or(Self::Nothing, |key| Self::Answer(key.proof()))
+                commit.key.as_ref().map_or(Self::Nothing, |key| Self::Answer(Box::new(key.proof())))
             }
             (EncodedChange::Insert(record) | EncodedChange::Update(record), None) => {
                 Self::Generation(record.uid.clone(), record.generation)

@@ -29,7 +29,7 @@ pub(crate) struct EncodedCommit {
     /// The labels of the event.
     pub(crate) labels: Option<EncodedLabels>,
     /// The change of the kept answers.
-    pub(crate) key: Option<EncodedKeyChange>,
+    pub(crate) key: Option<Box<EncodedKeyChange>>,
 }
 
 /// A [`RecordChange`] as a row.
@@ -105,7 +105,7 @@ pub(crate) fn encode_keyed(
     key: KeyChange,
     foreign: &ForeignFields,
 ) -> Result<EncodedCommit, StoreError> {
-    let key = Some(answers::encode(key)?);
+    let key = Some(Box::new(answers::encode(key)?));
     match commit {
         Some(commit) => Ok(EncodedCommit { key, ..encode(commit, foreign)? }),
         None => Ok(EncodedCommit { change: EncodedChange::Nothing, event: None, labels: None, key }),

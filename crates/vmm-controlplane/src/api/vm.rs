@@ -39,7 +39,7 @@ impl pb::VmService for VmHandlers {
         record_vm_id(&ctx, request.vm_id);
         let request = request.to_owned_message();
         let config = config_from_pb(request.config.into_option().unwrap_or_default());
-        let create = CallKind::Create(VmRequest { backend: request.backend, config });
+        let create = CallKind::Create(Box::new(VmRequest { backend: request.backend, config }));
         let answered = call(&self.service, &ctx, Call::new(request.vm_id, create)).await?;
         record_vm_id(&ctx, answered.answer.vm_id.as_str());
         Ok(response(answered, |vm| pb::CreateVmResponse {
@@ -154,11 +154,11 @@ impl pb::VmService for VmHandlers {
     ) -> ServiceResult<pb::UpdateVmResponse> {
         record_vm_id(&ctx, request.vm_id);
         let request = request.to_owned_message();
-        let operation = Operation::Update(ConfigUpdate {
+        let operation = Operation::Update(Box::new(ConfigUpdate {
             config: config_from_pb(request.config.into_option().unwrap_or_default()),
             fields: request.fields,
             if_generation: request.if_generation,
-        });
+        }));
         let answered = call(&self.service, &ctx, Call::new(request.vm_id, operation)).await?;
         Ok(response(answered, |vm| pb::UpdateVmResponse {
             state: state_to_pb(vm.state).into(),

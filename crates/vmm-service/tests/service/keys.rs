@@ -45,7 +45,7 @@ impl Vms {
 }
 
 fn create(bed: &Bed) -> CallKind<'static> {
-    CallKind::Create(VmRequest { backend: String::new(), config: bed.config() })
+    CallKind::Create(Box::new(VmRequest { backend: String::new(), config: bed.config() }))
 }
 
 /// Ends the life of a daemon in the middle of a keyed call: at the next call of `method`.
@@ -80,7 +80,7 @@ fn a_repeated_key_gets_the_first_answer_and_nothing_is_done_again() {
         assert_eq!(vms.machine(vm).typed(), b"typed");
         let stopped = vms.twice(vm, KILL).await.answer;
         assert_eq!(stopped.ended_by, Some(EndedBy::Vmm));
-        let updated = vms.twice(vm, Operation::Update(labelled("blue"))).await.answer;
+        let updated = vms.twice(vm, Operation::Update(Box::new(labelled("blue")))).await.answer;
         assert_eq!(updated.generation, bed.stored(vm).generation);
         vms.twice(vm, Operation::Delete { force: false }).await;
         assert_eq!(bed.store.vms().len(), 0);
@@ -102,7 +102,7 @@ fn a_call_that_finds_its_result_in_place_keeps_its_answer_too() {
         vms.pause("a").await.unwrap();
         let first = vms.keyed("a", Operation::Boot).await.unwrap();
         assert_eq!((first.answer.state, first.replayed), (VmState::Running, true));
-        let already = Operation::Update(labelled("x"));
+        let already = Operation::Update(Box::new(labelled("x")));
         vms.label("a", "x").await.unwrap();
         vms.twice("a", already).await;
     });
@@ -115,11 +115,11 @@ fn a_duplicate_waits_for_the_first_call() {
         vms.create("a", bed.config()).await;
         let latch = CallLatch::default();
         vms.world.next(ScriptedMethod::Launch, ScriptedResult::Wait(latch.clone()));
-        let begin = async || {
+        let boot = || {
             let calling = vms.clone();
-            vms.begin(async move { calling.keyed("a", Operation::Boot).await }).await
+            async move { calling.keyed("a", Operation::Boot).await }
         };
-        let (first, second) = (begin().await, begin().await);
+        let (first, second) = (vms.begin(boot()).await, vms.begin(boot()).await);
         eventually("the launch", || vms.world.calls(ScriptedMethod::Launch) == 1).await;
         tokio::time::sleep(Duration::from_secs(5)).await;
         assert!(!first.is_finished() && !second.is_finished());
@@ -167,7 +167,7 @@ fn a_refusal_is_kept_and_a_transient_failure_is_not() {
         refused(vms.keyed("none", Operation::Resume).await, "not-found");
         vms.create("none", bed.config()).await;
         refused(vms.keyed("none", Operation::Resume).await, "not_found");
-        let bad = CallKind::Create(VmRequest::default());
+        let bad = CallKind::Create(Box::default());
         let first = vms.keyed("", bad.clone()).await.unwrap_err();
         let ServiceError::Invalid(violations) = first else { panic!("{first}") };
         let second = vms.keyed("", bad).await.unwrap_err();

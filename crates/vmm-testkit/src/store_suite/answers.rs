@@ -27,7 +27,7 @@ pub async fn an_answer_is_kept_with_its_commit_across_openings(fixture: &impl St
     assert_eq!(find(&*store, "with").await.as_ref(), Some(&with), "at once");
     drop(store);
     let store = fixture.open().await;
-    assert_eq!(load(&*store).await.vms, [vm.clone()], "with the call that is under way");
+    assert_eq!(load(&*store).await.vms, std::slice::from_ref(&vm), "with the call that is under way");
     for answer in [&with, &alone] {
         assert_eq!(find(&*store, &answer.call.id).await.as_ref(), Some(answer));
     }
