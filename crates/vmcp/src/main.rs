@@ -84,6 +84,7 @@ fn run(cli: Cli, server: &mut String) -> Result<(), Failure> {
 
 fn session(global: &Global) -> Result<Session, Failure> {
     let environment = Environment::of_this_process();
-    let server = config::choose(global.server.as_deref(), global.context.as_deref(), &environment)?;
-    Ok(Session { client: connect::client(&server), server, output: Output::new(global.output) })
+    let server =
+        config::choose(global.server.as_deref(), global.context.as_deref(), global.tls(), &environment)?;
+    Ok(Session { client: connect::client(&server)?, server, output: Output::new(global.output) })
 }

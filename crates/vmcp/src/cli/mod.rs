@@ -9,6 +9,8 @@ mod queries;
 mod update;
 mod values;
 
+use std::path::PathBuf;
+
 use clap::builder::styling::Styles;
 use clap::{Args, Parser, Subcommand};
 
@@ -20,6 +22,7 @@ pub(crate) use queries::{Api, Backends, Events, Get, List, Man, Wait, Watch};
 pub(crate) use update::{Changes, Edit, Update};
 pub(crate) use values::{Disk, Pair};
 
+use crate::config::TlsFiles;
 use crate::output::Format;
 
 const AFTER_HELP: &str = "\
@@ -61,12 +64,23 @@ pub(crate) struct Cli {
 /// The options of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Global {
-    /// The daemon: http://HOST:PORT [env: VMCP_SERVER] [default: http://127.0.0.1:8080]
+    /// The daemon: http://HOST:PORT, https://HOST:PORT or unix:///PATH [env: VMCP_SERVER] [default:
+    /// http://127.0.0.1:8080]
     #[arg(long, global = true, value_name = "URL", help_heading = "Everywhere")]
     pub(crate) server: Option<String>,
     /// A server by its name in the contexts file [env: VMCP_CONTEXT]
     #[arg(long, global = true, value_name = "NAME", conflicts_with = "server", help_heading = "Everywhere")]
     pub(crate) context: Option<String>,
+    /// The authorities that may certify an https server, in PEM; without it those of the system
+    /// [env: VMCP_CA]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Everywhere")]
+    pub(crate) ca: Option<PathBuf>,
+    /// Your certificate for an https server, in PEM [env: VMCP_CERT]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Everywhere")]
+    pub(crate) cert: Option<PathBuf>,
+    /// The private key of your certificate, in PEM [env: VMCP_KEY]
+    #[arg(id = "tls_key", long = "key", global = true, value_name = "FILE", help_heading = "Everywhere")]
+    pub(crate) key: Option<PathBuf>,
     /// The form of the output; json and yaml are the API's messages
     #[arg(
         short = 'o',
@@ -79,6 +93,13 @@ pub(crate) struct Global {
         help_heading = "Everywhere"
     )]
     pub(crate) output: Format,
+}
+
+impl Global {
+    /// Returns the files of TLS that were typed.
+    pub(crate) fn tls(&self) -> TlsFiles {
+        TlsFiles { ca: self.ca.clone(), certificate: self.cert.clone(), key: self.key.clone() }
+    }
 }
 
 /// The commands.

@@ -9,7 +9,7 @@ use clap_complete::env::Shells;
 use vmm_proto::v1 as pb;
 
 use crate::cli::Shell;
-use crate::config::{self, Environment};
+use crate::config::{self, Environment, TlsFiles};
 use crate::connect::{self, names as connect_names};
 use crate::failure::Failure;
 use crate::output::words;
@@ -48,8 +48,10 @@ pub(crate) fn names(typed: &OsStr) -> Vec<CompletionCandidate> {
 fn ask(words: &[String]) -> Option<Vec<pb::VmInfo>> {
     let (server, context) = (option(words, "--server"), option(words, "--context"));
     let environment = Environment::of_this_process();
-    let server = config::choose(server.as_deref(), context.as_deref(), &environment).ok()?;
-    let client = connect::client(&server);
+    let file = |name| option(words, name).map(Into::into);
+    let tls = TlsFiles { ca: file("--ca"), certificate: file("--cert"), key: file("--key") };
+    let server = config::choose(server.as_deref(), context.as_deref(), tls, &environment).ok()?;
+    let client = connect::client(&server).ok()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
     let list = connect_names::all(&client, pb::ListVmsRequest::default());
     runtime

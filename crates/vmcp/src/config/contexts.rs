@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{Environment, Server};
+use super::{Environment, Server, TlsFiles};
 use crate::failure::Failure;
 
 /// The contexts file. A missing file has no contexts.
@@ -28,6 +28,9 @@ struct File {
 #[serde(deny_unknown_fields)]
 struct Context {
     server: String,
+    ca: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
 }
 
 impl Contexts {
@@ -59,15 +62,19 @@ impl Contexts {
         self.file.contexts.keys().map(String::as_str)
     }
 
-    /// Returns the server of a context.
+    /// Returns the server of a context. The files of TLS that `stronger` has count before those of
+    /// the context.
     ///
     /// # Errors
     ///
     /// No context has the name, or its URL is not one that this program can use.
-    pub(crate) fn server(&self, name: &str) -> Result<Server, Failure> {
+    pub(crate) fn server(&self, name: &str, stronger: TlsFiles) -> Result<Server, Failure> {
         match self.file.contexts.get(name) {
             Some(context) => {
-                Server::parse(&context.server, &format!("context {name} in {}", self.path.display()))
+                let Context { server, ca, cert, key } = context;
+                let own = TlsFiles { ca: ca.clone(), certificate: cert.clone(), key: key.clone() };
+                let source = format!("context {name} in {}", self.path.display());
+                Server::parse(server, &source, stronger.or(own))
             }
             None => Err(Failure::input(format!("no context is named \"{name}\"")).with_remedy(self.advice())),
         }

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 pub(crate) use contexts::Contexts;
-pub(crate) use server::Server;
+pub(crate) use server::{Endpoint, Server, TlsFiles};
 
 use crate::failure::Failure;
 
@@ -25,6 +25,12 @@ pub(crate) const CONTEXT_VARIABLE: &str = "VMCP_CONTEXT";
 /// The variable that names the contexts file. The name is not `VMCP_CONFIG`, because the daemon
 /// reads that variable as the path of its own configuration file.
 pub(crate) const FILE_VARIABLE: &str = "VMCP_CONTEXTS_FILE";
+/// The variable that names the file of the authorities that are trusted.
+pub(crate) const CA_VARIABLE: &str = "VMCP_CA";
+/// The variable that names the file of the client's certificate.
+pub(crate) const CERT_VARIABLE: &str = "VMCP_CERT";
+/// The variable that names the file of the key of the client's certificate.
+pub(crate) const KEY_VARIABLE: &str = "VMCP_KEY";
 /// The server of a user who names none: the daemon's default address on this host.
 pub(crate) const DEFAULT_SERVER: &str = "http://127.0.0.1:8080";
 
@@ -49,6 +55,12 @@ impl Environment {
         self.0.get(key).map(String::as_str)
     }
 
+    /// Returns the files of TLS that the variables name.
+    fn tls(&self) -> TlsFiles {
+        let file = |variable| self.get(variable).map(PathBuf::from);
+        TlsFiles { ca: file(CA_VARIABLE), certificate: file(CERT_VARIABLE), key: file(KEY_VARIABLE) }
+    }
+
     /// Returns the contexts file: the one that the variable names, or the user's own.
     fn file(&self) -> Option<PathBuf> {
         let own = || {
@@ -61,7 +73,7 @@ impl Environment {
     }
 }
 
-/// Returns the server that the arguments, the environment and the contexts file choose.
+/// Returns the server, and its files of TLS, that the arguments, the environment and the contexts file choose.
 ///
 /// # Errors
 ///
@@ -70,21 +82,23 @@ impl Environment {
 pub(crate) fn choose(
     server: Option<&str>,
     context: Option<&str>,
+    tls: TlsFiles,
     environment: &Environment,
 ) -> Result<Server, Failure> {
+    let tls = tls.or(environment.tls());
     if let Some(url) = server {
-        return Server::parse(url, "--server");
+        return Server::parse(url, "--server", tls);
     }
     if let Some(name) = context {
-        return Contexts::read(environment)?.server(name);
+        return Contexts::read(environment)?.server(name, tls);
     }
     if let Some(url) = environment.get(SERVER_VARIABLE) {
-        return Server::parse(url, SERVER_VARIABLE);
+        return Server::parse(url, SERVER_VARIABLE, tls);
     }
     let contexts = Contexts::read(environment)?;
     match environment.get(CONTEXT_VARIABLE).or(contexts.current()) {
-        Some(name) => contexts.server(name),
-        None => Server::parse(DEFAULT_SERVER, "the default"),
+        Some(name) => contexts.server(name, tls),
+        None => Server::parse(DEFAULT_SERVER, "the default", tls),
     }
 }
 
@@ -114,7 +128,7 @@ mod tests {
         let dir = with_file(FILE);
         let both = environment(&dir, &[(SERVER_VARIABLE, "http://env:1"), (CONTEXT_VARIABLE, "far")]);
         let chosen = |server, context, environment: &Environment| {
-            choose(server, context, environment).unwrap().to_string()
+            choose(server, context, TlsFiles::default(), environment).unwrap().to_string()
         };
         assert_eq!(chosen(Some("http://typed:1"), Some("lab"), &both), "http://typed:1");
         assert_eq!(chosen(None, Some("lab"), &both), "http://lab:8080");
@@ -128,7 +142,7 @@ mod tests {
     #[test]
     fn an_unknown_context_is_refused_with_the_known_contexts() {
         let dir = with_file(FILE);
-        let error = choose(None, Some("lap"), &environment(&dir, &[])).unwrap_err();
+        let error = choose(None, Some("lap"), TlsFiles::default(), &environment(&dir, &[])).unwrap_err();
         let Failure::Input { message, remedy } = error else { panic!("{error:?}") };
         assert!(message.contains("no context is named \"lap\""), "{message}");
         assert_eq!(remedy.as_deref(), Some("the contexts there are: far, lab"));
@@ -140,14 +154,18 @@ mod tests {
         let file = dir.path().join("config.toml").display().to_string();
         for variable in ["VMCP_CONFIG", "UNKEY_VMCP_CONFIG"] {
             let environment = Environment::from_pairs([(variable.to_owned(), file.clone())]);
-            assert_eq!(choose(None, None, &environment).unwrap().to_string(), DEFAULT_SERVER, "{variable}");
+            assert_eq!(
+                choose(None, None, TlsFiles::default(), &environment).unwrap().to_string(),
+                DEFAULT_SERVER,
+                "{variable}"
+            );
         }
     }
 
     #[test]
     fn a_configuration_file_with_an_unknown_key_is_refused_with_the_line() {
         let dir = with_file("current = \"lab\"\n[contexts.lab]\nsever = \"http://lab:8080\"\n");
-        let error = choose(None, None, &environment(&dir, &[])).unwrap_err().to_string();
+        let error = choose(None, None, TlsFiles::default(), &environment(&dir, &[])).unwrap_err().to_string();
         assert!(error.contains("line 3") && error.contains("sever"), "{error}");
     }
 

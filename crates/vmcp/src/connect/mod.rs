@@ -5,24 +5,26 @@
 //! - [`names`]: the VM that a name or a prefix means.
 //! - [`raw`]: a call with JSON as it is typed, and the pages beside the API.
 //! - [`retry`]: the pauses before a connection is tried again.
+//! - [`transport`]: TCP, TLS and unix sockets, and [`tls`] the files of TLS.
 //! - [`wait`]: one call of WaitVm.
 
 pub(crate) mod names;
 pub(crate) mod raw;
 pub(crate) mod retry;
+mod tls;
+mod transport;
 pub(crate) mod wait;
 
 use std::error::Error;
 use std::time::Duration;
 
 use connectrpc::ConnectError;
-use connectrpc::client::{CallOptions, ClientConfig, HttpClient};
+use connectrpc::client::{CallOptions, ClientConfig};
 use vmm_proto::v1::VmServiceClient;
 
 use crate::config::Server;
-
-/// The longest time for a connection to be made, because a person waits for it.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::failure::Failure;
+use transport::Transport;
 
 /// The longest time for an answer that comes from the daemon's memory.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -32,11 +34,16 @@ pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(75);
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// The client of the daemon.
-pub(crate) type Client = VmServiceClient<HttpClient>;
+pub(crate) type Client = VmServiceClient<Transport>;
 
 /// Returns a client of a server. Nothing is sent yet.
-pub(crate) fn client(server: &Server) -> Client {
-    VmServiceClient::new(transport(), ClientConfig::new(server.uri()).with_default_timeout(ANSWER_TIMEOUT))
+///
+/// # Errors
+///
+/// A file of TLS cannot be used.
+pub(crate) fn client(server: &Server) -> Result<Client, Failure> {
+    let config = ClientConfig::new(server.uri()).with_default_timeout(ANSWER_TIMEOUT);
+    Ok(VmServiceClient::new(Transport::to(server)?, config))
 }
 
 /// Returns the options of a call that waits for a guest, for other operations or for events.
@@ -55,12 +62,4 @@ pub(crate) fn reason(error: &ConnectError) -> String {
         Some(cause) => format!("the server cannot be reached: {cause}"),
         None => error.message.clone().unwrap_or_else(|| "the server gives no reason".to_owned()),
     }
-}
-
-/// Returns what carries requests.
-pub(crate) fn transport() -> HttpClient {
-    HttpClient::builder()
-        .tcp_connect_timeout(CONNECT_TIMEOUT)
-        .establishment_timeout(CONNECT_TIMEOUT)
-        .plaintext()
 }

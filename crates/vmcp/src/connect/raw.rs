@@ -6,7 +6,7 @@ use connectrpc::client::{ClientBody, ClientTransport as _, full_body};
 use http::{Method, Request, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Limited};
 
-use super::transport;
+use super::transport::Transport;
 use crate::config::Server;
 use crate::failure::Failure;
 
@@ -30,7 +30,7 @@ pub(crate) struct Answer {
 /// The server does not answer.
 pub(crate) async fn get(server: &Server, path: &str) -> Result<Answer, Failure> {
     let request = Request::get(uri(server, path)?).body(full_body(Bytes::new()));
-    whole(request.map_err(ConnectError::from)?).await
+    whole(&Transport::to(server)?, request.map_err(ConnectError::from)?).await
 }
 
 /// Calls a method with JSON, and hands each message of the answer to `each`.
@@ -49,11 +49,12 @@ pub(crate) async fn call(
 ) -> Result<(), Failure> {
     let json = Bytes::from(json);
     let uri = uri(server, &format!("/vmm.v1.VmService/{method}"))?;
-    let answer = whole(post(&uri, "application/json", json.clone())?).await?;
+    let transport = Transport::to(server)?;
+    let answer = whole(&transport, post(&uri, "application/json", json.clone())?).await?;
     match answer.status {
         StatusCode::OK => each(&text_of(&answer.body)?),
         StatusCode::UNSUPPORTED_MEDIA_TYPE => {
-            stream(post(&uri, "application/connect+json", framed(&json)?)?, each).await
+            stream(&transport, post(&uri, "application/connect+json", framed(&json)?)?, each).await
         }
         status => Err(error_of(status, &answer.body).into()),
     }
@@ -72,8 +73,8 @@ fn post(uri: &Uri, content_type: &str, body: Bytes) -> Result<Request<ClientBody
     Ok(request.body(full_body(body))?)
 }
 
-async fn whole(request: Request<ClientBody>) -> Result<Answer, Failure> {
-    let response = transport().send(request).await?;
+async fn whole(transport: &Transport, request: Request<ClientBody>) -> Result<Answer, Failure> {
+    let response = transport.send(request).await.map_err(unreached)?;
     let status = response.status();
     let body = Limited::new(response.into_body(), ANSWER_LIMIT).collect().await;
     let body = body.map_err(|error| ConnectError::unavailable(format!("the answer was cut: {error}")))?;
@@ -81,10 +82,11 @@ async fn whole(request: Request<ClientBody>) -> Result<Answer, Failure> {
 }
 
 async fn stream(
+    transport: &Transport,
     request: Request<ClientBody>,
     mut each: impl FnMut(&str) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    let mut body = transport().send(request).await?.into_body();
+    let mut body = transport.send(request).await.map_err(unreached)?.into_body();
     let mut frames = Frames::default();
     loop {
         while let Some((flags, message)) = frames.next()? {
@@ -99,6 +101,11 @@ async fn stream(
             frames.0.extend_from_slice(&data);
         }
     }
+}
+
+/// Returns the error of a request that had no answer, as the generated client makes it.
+fn unreached(error: impl std::error::Error + Send + Sync + 'static) -> ConnectError {
+    ConnectError::unavailable_from_transport("the request failed", error)
 }
 
 /// The bytes of a stream that were received and not taken yet.

@@ -212,7 +212,7 @@ mod tests {
 
     use super::*;
     use crate::cli::{Cli, Command};
-    use crate::config::DEFAULT_SERVER;
+    use crate::config::{DEFAULT_SERVER, TlsFiles};
 
     fn stored() -> pb::VmConfig {
         let stored = json!({
@@ -230,7 +230,11 @@ mod tests {
     fn changed(arguments: &[&str]) -> Result<ConfigChange, Failure> {
         let cli = Cli::try_parse_from([&["vmcp", "update", "vm"], arguments].concat()).unwrap();
         let Command::Update(update) = cli.command else { panic!("another command") };
-        by_flags(&update.changes, &stored(), &Server::parse(DEFAULT_SERVER, "--server").unwrap())
+        by_flags(
+            &update.changes,
+            &stored(),
+            &Server::parse(DEFAULT_SERVER, "--server", TlsFiles::default()).unwrap(),
+        )
     }
 
     fn sent(change: &ConfigChange) -> Value {

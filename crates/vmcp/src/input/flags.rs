@@ -64,14 +64,14 @@ mod tests {
     use serde_json::json;
 
     use crate::cli::{Cli, Command};
-    use crate::config::{DEFAULT_SERVER, Server};
+    use crate::config::{DEFAULT_SERVER, Server, TlsFiles};
     use crate::failure::Failure;
     use crate::input;
 
     fn request_to(server: &str, arguments: &[&str]) -> Result<serde_json::Value, Failure> {
         let cli = Cli::try_parse_from([&["vmcp", "create"], arguments].concat()).unwrap();
         let Command::Create(create) = cli.command else { panic!("another command") };
-        let server = Server::parse(server, "--server").unwrap();
+        let server = Server::parse(server, "--server", TlsFiles::default()).unwrap();
         let request = input::request(create.name.as_deref(), &create.config, &server)?;
         Ok(serde_json::to_value(request).unwrap())
     }

@@ -367,7 +367,15 @@ fn ineffective_and_dangerous_settings_cause_warnings() {
 
 #[test]
 fn variables_of_vmcp_cause_no_warning() {
-    let of_vmcp = ["VMCP_SERVER", "VMCP_CONTEXT", "VMCP_CONTEXTS_FILE", "VMCP_COMPLETE"];
+    let of_vmcp = [
+        "VMCP_SERVER",
+        "VMCP_CONTEXT",
+        "VMCP_CONTEXTS_FILE",
+        "VMCP_COMPLETE",
+        "VMCP_CA",
+        "VMCP_CERT",
+        "VMCP_KEY",
+    ];
     // The file of the command line does not exist here, so reading the file would fail.
     let loaded = good(&[], &of_vmcp.map(|name| (name, "/home/me/.config/vmcp/config.toml")));
     assert_eq!(loaded.warnings, Vec::<String>::new());
