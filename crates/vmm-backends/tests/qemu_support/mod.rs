@@ -136,7 +136,7 @@ impl Bench {
         let boot = self.config.boot.as_mut().unwrap();
         boot.kernel_path = kernel.to_str().unwrap().to_owned();
         boot.initrd_path = initrd.to_str().unwrap().to_owned();
-        boot.kernel_args = format!("console=ttyS0 cryptomgr.notests {args}");
+        boot.kernel_args = format!("console=ttyS0 cryptomgr.notests no_timer_check {args}");
         self
     }
 

@@ -51,7 +51,7 @@ fn after_a_pause_qemus_guest_clock_is_late_and_its_hardware_clock_is_right() {
     let config = json!({
         "cpu": {"vcpu_count": 1},
         "memory": {"size_bytes": 268435456},
-        "boot": {"kernel_path": kernel, "initrd_path": initrd, "kernel_args": "console=ttyS0 cryptomgr.notests"},
+        "boot": {"kernel_path": kernel, "initrd_path": initrd, "kernel_args": "console=ttyS0 cryptomgr.notests no_timer_check"},
     });
     world.create("vm", &config);
     world.boot("vm");

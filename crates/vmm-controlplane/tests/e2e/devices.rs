@@ -22,7 +22,7 @@ fn linux_config(args: &str) -> Option<Value> {
     Some(json!({
         "cpu": {"vcpu_count": 1},
         "memory": {"size_bytes": "268435456"},
-        "boot": {"kernel_path": kernel, "initrd_path": initrd, "kernel_args": format!("console=ttyS0 cryptomgr.notests {args}")},
+        "boot": {"kernel_path": kernel, "initrd_path": initrd, "kernel_args": format!("console=ttyS0 cryptomgr.notests no_timer_check {args}")},
     }))
 }
 

@@ -19,7 +19,7 @@ fn a_linux_guest_lives_from_creation_to_deletion() {
     let config = json!({
         "cpu": {"vcpu_count": 2, "max_vcpu_count": 2},
         "memory": {"size_bytes": 268435456},
-        "boot": {"kernel_path": kernel, "initrd_path": initrd, "kernel_args": "console=ttyS0 cryptomgr.notests"},
+        "boot": {"kernel_path": kernel, "initrd_path": initrd, "kernel_args": "console=ttyS0 cryptomgr.notests no_timer_check"},
         "metadata": {"team": "ci"},
     });
 

@@ -41,7 +41,7 @@ pub(crate) fn linux_config(backend: &str, arguments: &str) -> Option<Value> {
         _ => vmm_host::kvm::hardware_virtualisation(),
     };
     let (kernel, initrd) = linux().filter(|_| able)?;
-    let arguments = format!("console=ttyS0 cryptomgr.notests {arguments}");
+    let arguments = format!("console=ttyS0 cryptomgr.notests no_timer_check {arguments}");
     Some(json!({
         "cpu": {"vcpu_count": 1},
         "memory": {"size_bytes": "268435456"},
