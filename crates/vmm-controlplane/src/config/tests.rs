@@ -367,17 +367,10 @@ fn ineffective_and_dangerous_settings_cause_warnings() {
 
 #[test]
 fn variables_of_vmcp_cause_no_warning() {
-    let of_vmcp = [
-        "VMCP_SERVER",
-        "VMCP_CONTEXT",
-        "VMCP_CONTEXTS_FILE",
-        "VMCP_COMPLETE",
-        "VMCP_CA",
-        "VMCP_CERT",
-        "VMCP_KEY",
-    ];
+    let of_vmcp = ["SERVER", "CONTEXT", "CONTEXTS_FILE", "COMPLETE", "CA", "CERT", "KEY"];
+    let of_vmcp = of_vmcp.map(|name| format!("VMCP_{name}"));
     // The file of the command line does not exist here, so reading the file would fail.
-    let loaded = good(&[], &of_vmcp.map(|name| (name, "/home/me/.config/vmcp/config.toml")));
+    let loaded = good(&[], &of_vmcp.each_ref().map(|name| (name.as_str(), "/home/me/vmcp.toml")));
     assert_eq!(loaded.warnings, Vec::<String>::new());
     let with_the_other_prefix = good(&[], &[("UNKEY_VMCP_SERVER", "http://127.0.0.1:1")]).warnings;
     assert_eq!(with_the_other_prefix.len(), 1, "{with_the_other_prefix:?}");

@@ -18,14 +18,13 @@ use tokio::time::Instant;
 use vmm_core::backend::{
     AdoptRequest, Adoption, BackendError, Exit, ExitCause, GuestState, LaunchedVmm, SweepPurpose,
 };
-use vmm_core::caller::Caller;
 use vmm_core::cause::Cause;
 use vmm_core::event::EventKind;
 use vmm_core::intent::RecoveryAction;
 use vmm_core::kind::VmKind;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, VmOperation, VmState, observe};
-use vmm_core::store::{HostClaim, Intent, IntentKind, PendingProcess, PendingWork, RunRecord};
+use vmm_core::store::{HostClaim, Intent, PendingProcess, PendingWork, RunRecord};
 use vmm_host::process;
 
 use super::budget::{Budget, EffectError};
@@ -436,13 +435,6 @@ impl Actor {
         let silent = matches!(reason, Reason::VmmDoesNotAnswer | Reason::VmmSilent);
         let run = launched.filter(|_| silent)?.vmm.run();
         Sockets::of(&self.record, run, self.dir())?.gone().await
-    }
-
-    /// Returns the intent of a start whose process may live, for a record in which another intent
-    /// has replaced it.
-    pub(super) fn orphan_intent(&self, caller: &Caller) -> Option<Intent> {
-        let claims = self.shared.claims.held_by(self.record.uid);
-        Some(self.new_intent(IntentKind::Boot { claims }, caller.clone()))
     }
 
     /// Finishes a deletion that was in progress, because its name must not stay taken. A deletion

@@ -14,12 +14,13 @@
 //! interrupted leaves the VM as it was, and a PauseVm has stopped the guest or has not.
 
 use tokio::time::Instant;
+use vmm_core::caller::Caller;
 use vmm_core::cause::Cause;
 use vmm_core::event::EventKind;
 use vmm_core::intent::RecoveryAction;
 use vmm_core::reason::Reason;
 use vmm_core::state::{Observation, Phase, VmOperation};
-use vmm_core::store::{Intent, VmRecord};
+use vmm_core::store::{Intent, IntentKind, VmRecord};
 
 use super::Actor;
 use super::budget::Budget;
@@ -34,6 +35,13 @@ impl Actor {
     /// intent stays on record until then.
     pub(super) fn interrupted(&self) -> Option<Intent> {
         self.record.intent.clone().filter(|intent| intent.recovery().waits_for_vmm())
+    }
+
+    /// Returns the intent of a start whose process may live, for a record in which another intent
+    /// has replaced it.
+    pub(super) fn orphan_intent(&self, caller: &Caller) -> Option<Intent> {
+        let claims = self.shared.claims.held_by(self.record.uid);
+        Some(self.new_intent(IntentKind::Boot { claims }, caller.clone()))
     }
 
     /// Schedules an interrupted shutdown by force again. No VMM has to answer for it.
