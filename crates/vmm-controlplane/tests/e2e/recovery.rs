@@ -106,7 +106,12 @@ fn the_vmm_of_an_unrecorded_boot_is_ended_and_the_vm_is_unchanged() {
         world.stop(Signal::KILL);
         assert!(booting.join().unwrap(), "no answer came");
         drop(database);
-        assert_eq!(world.vmms().len(), 1, "{backend}: it goes on without its daemon");
+        // A Firecracker reads its configuration from a pipe of the daemon, and ends with the daemon.
+        if backend == "firecracker" {
+            eventually("the VMM has ended by itself", || world.vmms().is_empty());
+        } else {
+            assert_eq!(world.vmms().len(), 1, "{backend}: it goes on without its daemon");
+        }
         world.start();
         assert!(world.vmms().is_empty(), "{backend}: {:?}", world.vmms());
         assert_eq!(world.info("vm")["state"], "VM_STATE_CREATED", "{backend}");

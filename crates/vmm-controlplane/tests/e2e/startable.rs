@@ -23,6 +23,13 @@ fn qemu_of(world: &World) -> Value {
     all.iter().find(|entry| entry["name"] == "qemu").unwrap().clone()
 }
 
+/// Returns the reason why QEMU cannot start VMs on the KVM of this host, if it cannot.
+fn fault_of_kvm() -> Option<String> {
+    let world = World::started(&[("UNKEY_VMCP_QEMU_KVM", "true")]);
+    let qemu = qemu_of(&world);
+    (qemu["available"] != true).then(|| qemu["reason"].as_str().unwrap_or_default().to_owned())
+}
+
 /// Returns the messages of the warnings about the field `backend`.
 fn about_backend(answer: &Value) -> Vec<String> {
     let warnings = answer["warnings"].as_array().cloned().unwrap_or_default();
@@ -165,6 +172,9 @@ impl Drop for Host {
 fn each_boot_chooses_the_accelerator_and_unasked_emulation_is_a_warning() {
     const TEST: &str = "each_boot_chooses_the_accelerator_and_unasked_emulation_is_a_warning";
     needs_qemu!();
+    if let Some(why) = fault_of_kvm() {
+        return skipped(TEST, &why);
+    }
     let mut world = World::new(&[("UNKEY_VMCP_QEMU_KVM", "auto")]);
     let Some(host) = Host::of(&mut world, TEST) else { return };
     host.hide_kvm();
