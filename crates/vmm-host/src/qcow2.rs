@@ -285,7 +285,7 @@ mod tests {
         qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", data, "outside", "1M"]);
         assert!(header(&at("outside")).unwrap().unwrap().external_data);
         let secret =
-            ["--object", "secret,id=key,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=key"];
+            ["--object", "secret,id=key,data=abc", "-o", "encrypt.format=aes,encrypt.key-secret=key"];
         qemu_img(dir.path(), &[&["create", "-q", "-f", "qcow2"], &secret[..], &["secret", "1M"]].concat());
         assert!(header(&at("secret")).unwrap().unwrap().encrypted);
         assert_eq!(header(&at("base")).unwrap(), None);
