@@ -76,7 +76,7 @@ fn number(variable: &str, default: usize) -> usize {
     std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// Whether a VMM can run here.
+/// Returns true if a VMM can run here.
 fn is_here(vmm: &str) -> bool {
     match vmm {
         "qemu" => on_path("qemu-system-x86_64"),

@@ -90,7 +90,7 @@ struct CallInProgress {
 pub(crate) enum Claimed {
     /// No such call is in progress, and none begins until this value is dropped.
     First(KeyClaim),
-    /// The same call is in progress. The receiver fails when it has ended.
+    /// A call with this key is in progress. The receiver fails when that call has ended.
     Duplicate(watch::Receiver<()>),
     /// Another request is in progress under the same key.
     OtherRequest,

@@ -102,7 +102,7 @@ impl Daemon {
         serde_json::from_str(&answer.body_mut().read_to_string().unwrap()).unwrap_or_default()
     }
 
-    /// Where the daemon serves.
+    /// Returns the address at which the daemon serves.
     #[allow(dead_code, reason = "another program uses this")]
     pub(crate) fn address(&self) -> &str {
         &self.address

@@ -8,7 +8,7 @@
 //!                                     └── no answer to a ping (HTTP/2)
 //! ```
 //!
-//! The same holds on every [`listener`](super::listener): behind TLS the first bytes are those that
+//! Every [`listener`](super::listener) is treated alike: behind TLS the first bytes are those that
 //! TLS has decrypted.
 //!
 //! The module [`connection_slots`](super::connection_slots) decides which connections get a slot.

@@ -166,7 +166,7 @@ fn generation_in(message: &str) -> Option<u64> {
     rest.split_once(" and not ")?.0.parse().ok()
 }
 
-/// What StreamConsole sent until it ended, or until the client left.
+/// The bytes that StreamConsole sent until it ended, or until the client left.
 #[derive(Debug, Default)]
 pub(crate) struct Streamed {
     pub(crate) pieces: Vec<(u64, Vec<u8>)>,

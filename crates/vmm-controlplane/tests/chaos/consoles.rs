@@ -6,29 +6,30 @@
 //!     read by another └────────────────────────┘                     the same byte at the same offset, whoever reads it
 //! ```
 //!
-//! What is typed is a [`token`]. The bytes of one call stay together, and are read by the guest once at most, so that a guest that
+//! A client types a [`token`]. The bytes of one call stay together, and are read by the guest once at most, so that a guest that
 //! sends back what it reads prints each token once at most, and never one inside another.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-/// What one StreamConsole brought, by a client that knows which creation it read.
+/// The bytes of one StreamConsole, by a client that knows which creation it read.
 #[derive(Clone, Debug)]
 pub(crate) struct ConsoleRead {
     /// The VM, by its place among the run's names.
     pub(crate) vm: usize,
     pub(crate) uid: String,
     pub(crate) client: usize,
-    /// Where the client asked the stream to begin.
+    /// The offset at which the client asked the stream to begin.
     pub(crate) offset: u64,
     pub(crate) pieces: Vec<(u64, Vec<u8>)>,
     /// The code of the stream's error.
     pub(crate) error: Option<String>,
-    /// Whether it is all that there was, at the end of the run.
+    /// True if the bytes are the whole console at the end of the run.
     pub(crate) whole: bool,
 }
 
-/// What a client types: its number and the number of its call. It has no letter that the guest obeys, and none of its banner.
+/// Returns the input of a client: its number and the number of its call. The input has no letter that
+/// the guest obeys, and none of the guest's banner.
 pub(crate) fn token(client: usize, call: u64) -> String {
     format!("<c{client}.{call}>")
 }
@@ -56,7 +57,7 @@ impl Output {
         Ok(())
     }
 
-    /// What was read without a gap.
+    /// Returns the bytes that were read without a gap, with their place in the console.
     fn runs(&self) -> Vec<(Range<u64>, String)> {
         let mut runs: Vec<(Range<u64>, Vec<u8>)> = Vec::new();
         for (place, (byte, _)) in &self.bytes {
@@ -72,13 +73,13 @@ impl Output {
     }
 }
 
-/// What the reads of one name have shown.
+/// The findings of the reads of one name.
 pub(crate) struct ConsoleVerdict {
     /// Each text is a violation.
     pub(crate) violations: Vec<String>,
-    /// How many bytes were read of all consoles of the name, each counted once.
+    /// The number of bytes that were read of all consoles of the name, each counted once.
     pub(crate) bytes: usize,
-    /// How many tokens the guests sent back.
+    /// The number of tokens that the guests sent back.
     pub(crate) echoed: usize,
 }
 
@@ -123,7 +124,7 @@ pub(crate) fn check(reads: &[ConsoleRead], typed: &HashMap<String, usize>) -> Co
     ConsoleVerdict { violations: found, bytes, echoed: printed.len() }
 }
 
-/// Whether a stream has what was asked for, in its order, with no gap.
+/// Checks that a stream has the bytes that were asked for, in their order, with no gap.
 fn is_one_stream(read: &ConsoleRead) -> Result<(), String> {
     match read.error.as_deref() {
         None | Some("unavailable") => {}

@@ -131,7 +131,7 @@ pub(crate) struct SeenParts {
 }
 
 impl SeenParts {
-    /// Whether a VM with these parts can have answered so.
+    /// Returns true if a VM with these parts can have answered so.
     pub(crate) fn fit(&self, parts: Parts) -> bool {
         self.label.is_none_or(|seen| seen == parts.label)
             && self.memory.is_none_or(|seen| seen == parts.memory)
@@ -228,7 +228,7 @@ pub(crate) struct Said {
     pub(crate) phase: Option<String>,
     /// Its generation.
     pub(crate) generation: Option<u64>,
-    /// What it showed of the configuration.
+    /// The shown parts of the configuration.
     pub(crate) parts: SeenParts,
     /// What DeleteVm could not free.
     pub(crate) left_behind: String,

@@ -62,9 +62,9 @@ impl Addresses {
     }
 }
 
-/// How long a client waits for the echo of what it has typed.
+/// The time that a client waits for the echo of its input.
 const ECHO_TIMEOUT: Duration = Duration::from_millis(300);
-/// How long the whole of a console may take, which is little.
+/// The time that a read of a whole console may take.
 const WHOLE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What the clients of a run share.
@@ -80,7 +80,7 @@ pub(crate) struct Shared {
 #[derive(Default)]
 pub(crate) struct Notes {
     pub(crate) calls: Vec<Call>,
-    /// What was read of consoles.
+    /// The bytes that were read of consoles.
     pub(crate) consoles: Vec<ConsoleRead>,
     /// Every token that was typed, with the VM's place among the run's names.
     pub(crate) typed: HashMap<String, usize>,
@@ -97,7 +97,7 @@ pub(crate) struct Caller<'a> {
     number: usize,
     client: Client,
     notes: Notes,
-    /// How far each creation's console was read, by uid.
+    /// The offset up to which each creation's console was read, by uid.
     read_to: HashMap<String, u64>,
 }
 

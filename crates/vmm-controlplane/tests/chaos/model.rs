@@ -24,9 +24,9 @@ pub(crate) enum Place {
     Vm {
         /// Which creation.
         uid: Uid,
-        /// With which configuration it was created.
+        /// The number of the configuration of its creation.
         config: u8,
-        /// What UpdateVm has made of that configuration.
+        /// The parts of that configuration after UpdateVm.
         parts: Parts,
         at: At,
     },

@@ -57,7 +57,7 @@ pub(crate) struct Vm {
     pub(crate) nic: bool,
     /// Whether its policy starts it again when its VMM dies.
     pub(crate) restarts: bool,
-    /// Whether its guest sends back what is typed. Such a guest keeps a CPU busy, so that there are few.
+    /// True if its guest sends back its input. Such a guest keeps a CPU busy, so that there are few.
     pub(crate) echoes: bool,
 }
 

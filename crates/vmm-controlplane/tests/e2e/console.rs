@@ -31,7 +31,7 @@ impl Console {
         console
     }
 
-    /// As [`Console::stream`], but nothing of the answer is read until the sender is used.
+    /// Begins a stream like [`Console::stream`], and reads nothing of the answer until the sender is used.
     pub(crate) fn unread(world: &World, vm_id: &str, more: &Value) -> (Sender<()>, Self) {
         let mut request = json!({"vm_id": vm_id});
         request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());

@@ -227,7 +227,7 @@ impl World {
         self.daemon.as_ref().expect("a daemon runs").child.id()
     }
 
-    /// Where the daemon serves.
+    /// Returns the URL of the daemon.
     pub(crate) fn url(&self) -> &str {
         &self.daemon.as_ref().expect("a daemon runs").url
     }

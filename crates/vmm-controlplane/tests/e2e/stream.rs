@@ -25,7 +25,7 @@ impl World {
         stream
     }
 
-    /// As [`World::stream`], but nothing of the answer is read until the sender is used.
+    /// Begins a stream like [`World::stream`], and reads nothing of the answer until the sender is used.
     pub(crate) fn unread_stream(&self, method: &str, request: &Value) -> (Sender<()>, Stream) {
         let body = request.to_string().into_bytes();
         let mut framed = vec![0];

@@ -75,7 +75,7 @@ pub(crate) const SHUT_DOWN: VmCondition = VmCondition::In("VM_STATE_SHUTDOWN");
 const PLACED: &[Backend] = &Backend::PLACED;
 /// Those that the daemon starts.
 const MANAGED: &[Backend] = &[Backend::Qemu, Backend::CloudHypervisor, Backend::Firecracker];
-/// Those whose consoles take input.
+/// The columns whose consoles take input.
 const WITH_INPUT: &[Backend] =
     &[Backend::Qemu, Backend::CloudHypervisor, Backend::Firecracker, Backend::Libvirt];
 const EVERYWHERE: &[Backend] = &[
@@ -291,7 +291,7 @@ impl Scenario {
         self.call.options == UPDATE_MACHINE.options
     }
 
-    /// Whether the operation takes the VM's console away.
+    /// Returns true if the operation takes the VM's console away.
     pub(crate) fn removes_its_console(&self) -> bool {
         self.call.options == UPDATE_CONSOLE.options
     }
